@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# The pinned toolchain, and an image with nothing but the static binaries:
+#
+#   docker build -f Dockerfile.builder --target builder -t sluice-builder .
+#   docker run --rm -v "$PWD:/src" sluice-builder make generate-check
+#   docker build -f Dockerfile.builder -t sluice .
+
+FROM golang:1.26-bookworm AS go
+
+# Debian 12 for its clang-19, which makes the committed BPF objects.
+FROM debian:bookworm AS builder
+COPY --from=go /usr/local/go /usr/local/go
+ENV PATH=/usr/local/go/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    GOTOOLCHAIN=local \
+    GOFLAGS=-buildvcs=false
+WORKDIR /src
+COPY hack/deps.sh hack/deps.sh
+RUN hack/deps.sh build bpf && rm -rf /var/lib/apt/lists/*
+# The source may be mounted here by another user than root.
+RUN git config --system --add safe.directory /src
+
+FROM builder AS build
+COPY go.mod go.sum ./
+RUN go mod download
+COPY . .
+RUN make build
+
+FROM scratch AS runtime
+COPY --from=build /src/bin/ /usr/local/bin/
+COPY LICENSE /LICENSE
+ENV PATH=/usr/local/bin
+ENTRYPOINT ["sluicectl"]

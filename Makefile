@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# sudo drops Go from the PATH; look where it is usually installed.
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+
+# The pinned compiler. bpf2go reads these.
+export BPF2GO_CC := clang-19
+export BPF2GO_STRIP := llvm-strip-19
+CLANG_FORMAT := clang-format-19
+
+KERNEL ?= 6.1
+# More flags for go test, such as TESTFLAGS='-v -run Outbound'.
+TESTFLAGS ?=
+
+DEPS := hack/deps.sh
+GENERATED := pkg/datapath/**/*_bpfel*.go pkg/datapath/**/*_bpfel*.o
+LINTER := bin/tools/golangci-lint
+
+.PHONY: help
+help: ## list every target
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: build
+build: go-is-there ## build the static binaries into bin/
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ ./cmd/...
+
+.PHONY: generate
+generate: go-is-there ## compile the BPF C into the committed objects (pinned clang)
+	$(DEPS) bpf
+	go generate ./pkg/datapath/...
+
+.PHONY: generate-check
+generate-check: generate ## regenerate, and fail if the committed objects differ
+	@changed=$$(git diff --name-only -- $(foreach g,$(GENERATED),':(glob)$g'); \
+		git ls-files --others --exclude-standard -- $(foreach g,$(GENERATED),':(glob)$g')); \
+	if [[ -n $$changed ]]; then \
+		echo "These generated files differ from what is committed:"; \
+		sed 's/^/  /' <<<"$$changed"; \
+		echo "Run 'make generate' on a machine with clang-19 and commit them with the change to bpf/."; \
+		exit 1; \
+	fi; \
+	echo "The committed BPF objects are what $$($(BPF2GO_CC) --version | head -n 1) makes of bpf/."
+
+.PHONY: demo
+demo: root go-is-there ## watch a real proxy's traffic being redirected (root, under a minute)
+	$(DEPS) demo
+	@$(MAKE) build
+	bin/sluicectl demo
+
+.PHONY: test
+test: root go-is-there ## run every test, in network namespaces (root)
+	$(DEPS) test
+	@$(MAKE) build
+	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m $(TESTFLAGS) ./... || \
+		{ echo "Some tests failed: see the lines that begin with FAIL above."; exit 1; }
+	@echo "Every test passed, as root, on kernel $$(uname -r)."
+
+.PHONY: race
+race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector (root)
+	$(DEPS) test race
+	@CGO_ENABLED=1 SLUICE_REQUIRE_ROOT=1 go test -race -count=1 -timeout 20m $(TESTFLAGS) ./pkg/... ./cmd/... || \
+		{ echo "Some tests failed or raced: see FAIL and DATA RACE above."; exit 1; }
+	@echo "No test failed and no data race was found."
+
+.PHONY: vm
+vm: root go-is-there ## run the datapath tests under another kernel in qemu: make vm KERNEL=6.1
+	$(DEPS) vm
+	tests/vm/run.sh $(KERNEL)
+
+.PHONY: lint
+lint: go-is-there $(LINTER) ## check formatting, imports, Go and C style, and the scripts
+	$(DEPS) lint
+	$(LINTER) run ./...
+	$(CLANG_FORMAT) --dry-run --Werror bpf/*.c bpf/*.h
+	shellcheck -x .ci/run $$(find hack tests -name '*.sh' -perm -u+x) # and what they source
+	@echo "Lint found nothing."
+
+.PHONY: format
+format: go-is-there ## format Go and C in place
+	$(DEPS) lint
+	gofmt -w $$(git ls-files --cached --others --exclude-standard '*.go')
+	$(CLANG_FORMAT) -i bpf/*.c bpf/*.h
+
+$(LINTER): hack/tools/go.mod hack/tools/go.sum
+	@echo "building the linter (about two minutes the first time)"
+	@go -C hack/tools build -o $(CURDIR)/$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@touch $@
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf bin bench-out
+
+.PHONY: go-is-there
+go-is-there:
+	@command -v go >/dev/null || { echo "Sluice is built with Go $$(sed -n 's/^go //p' go.mod) or later, and there is no go here: install it from your distribution or from the Go project's site."; exit 1; }
+
+.PHONY: root
+root:
+	@[[ $$(id -u) == 0 ]] || { echo "This target makes network namespaces and loads BPF programs: run it as root (sudo make $(MAKECMDGOALS))."; exit 1; }

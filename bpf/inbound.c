@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* The inbound decision, in the pod's namespace, when the kernel looks for a
+ * listener: once per SYN (and per SYN cookie), never for an open connection.
+ */
+#include <linux/bpf.h>
+#include <linux/in.h>
+#include <bpf/bpf_helpers.h>
+#include "sluice.h"
+#include "config.h"
+#include "maps.h"
+#include "addr.h"
+#include "rules.h"
+#include "stats.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define LOOPBACK_IFINDEX 1
+
+static __always_inline bool tc_is_asking(void)
+{
+	__u32 zero = 0, *asks = bpf_map_lookup_elem(&tc_asks, &zero);
+
+	return asks && *asks;
+}
+
+static __always_inline void count_packet(const struct pod *pod, enum reason reason)
+{
+	if (pod && pod->flags & POD_INBOUND_TC && tc_is_asking())
+		return;
+	count(netns_cookie, reason);
+}
+
+static __always_inline bool try_listener(struct bpf_sk_lookup *ctx, struct listener_key *key)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, key);
+	long err;
+
+	if (!sk)
+		return false;
+	err = bpf_sk_assign(ctx, sk, 0); /* fails for one that is shut down, or V6ONLY */
+	bpf_sk_release(sk);
+	return !err;
+}
+
+/* The proxy's listener on a port, in whichever slot a usable one is. An IPv4
+ * connection may go to an AF_INET6 listener; the kernel knows which are V6ONLY.
+ */
+static __always_inline bool assign_proxy(struct bpf_sk_lookup *ctx, __u16 port)
+{
+	struct listener_key key = { .cookie = netns_cookie, .port = port };
+	int i;
+
+	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
+		key.slot = i;
+		key.family = AF_INET6;
+		if (ctx->family == AF_INET) {
+			key.family = AF_INET;
+			if (try_listener(ctx, &key))
+				return true;
+			key.family = AF_INET6;
+		}
+		if (try_listener(ctx, &key))
+			return true;
+	}
+	return false;
+}
+
+/* A captured connect goes to a capture port on loopback and has announced
+ * itself. One that could not (the table is full) must not reach the proxy
+ * without an original destination.
+ */
+static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					 const struct addr *local, const struct addr *remote)
+{
+	struct handshake_key key = { .cookie = netns_cookie };
+
+	if (!is_capture_port(pod, ctx->local_port))
+		return SK_PASS;
+	key.client = *remote;
+	key.server = *local;
+	key.client_port = bpf_ntohs(ctx->remote_port);
+	key.server_port = ctx->local_port;
+	if (!bpf_map_lookup_elem(&handshakes, &key)) {
+		count_packet(pod, REFUSED_NO_HANDSHAKE);
+		return SK_DROP;
+	}
+	assign_proxy(ctx, ctx->local_port); /* else whoever the kernel finds there */
+	return SK_PASS;
+}
+
+static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, const struct addr *remote)
+{
+	if (have_ingress_ifindex)
+		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+	return addr_is_loopback(remote) || own_addr(&own_addrs, netns_cookie, remote);
+}
+
+static __always_inline void read_addrs(struct bpf_sk_lookup *ctx, struct addr *local,
+				       struct addr *remote)
+{
+	__be32 local4 = NOW(ctx->local_ip4), remote4 = NOW(ctx->remote_ip4);
+
+	if (ctx->family == AF_INET) {
+		addr_set4(local, local4);
+		addr_set4(remote, remote4);
+		return;
+	}
+	addr_set(local, ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]);
+	addr_set(remote, ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2],
+		 ctx->remote_ip6[3]);
+}
+
+SEC("sk_lookup")
+int inbound(struct bpf_sk_lookup *ctx)
+{
+	struct addr local, remote;
+	struct pod *pod;
+	__u64 cookie = netns_cookie;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	if (!ctx->remote_port)
+		return SK_PASS; /* a question by a helper of ours */
+	if (have_ingress_ifindex && !ctx->ingress_ifindex)
+		return SK_PASS; /* anybody's question: no packet comes from nowhere */
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod) {
+		count_packet(pod, REFUSED_NO_POD);
+		return SK_DROP;
+	}
+	read_addrs(ctx, &local, &remote);
+	if (addr_is_loopback(&local))
+		return from_loopback(ctx, pod, &local, &remote);
+	if (over_loopback(ctx, &remote))
+		return SK_PASS;
+	if (!captured_in(pod, ctx->local_port)) {
+		count_packet(pod, DIRECT_PORT_IN);
+		return SK_PASS;
+	}
+	if (assign_proxy(ctx, pod->in_port)) {
+		count_packet(pod, CAPTURED_IN);
+		return SK_PASS;
+	}
+	/* Fail closed: the peer gets a RST, the app never sees the SYN. */
+	count_packet(pod, REFUSED_NO_LISTENER);
+	return SK_DROP;
+}

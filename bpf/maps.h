@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Every map. Sizes are defaults that user space may raise before loading. */
+#ifndef SLUICE_MAPS_H
+#define SLUICE_MAPS_H
+
+#include <bpf/bpf_helpers.h>
+#include "sluice.h"
+
+/* Enrolled pods. Key: netns cookie. Written by user space; read by every
+ * program. Full: the pod is not enrolled and its start fails with a sentence.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+/* Names of enrolled pods, for people. User space only. Full: as pods. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS);
+	__type(key, __u64);
+	__type(value, struct pod_name);
+} pod_names SEC(".maps");
+
+/* The addresses of a pod. Written by user space from the namespace itself;
+ * read by the connect hooks and, on kernels without ingress_ifindex, by
+ * sk_lookup. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 16);
+	__type(key, struct own_addr_key);
+	__type(value, __u32);
+} own_addrs SEC(".maps");
+
+/* The proxy's identities (the UID 1337 exclusions), by rule set. Written by user space; read by connect and post_bind. Full:
+ * enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 8);
+	__type(key, struct proxy_id_key);
+	__type(value, enum id_verdict);
+} proxy_ids SEC(".maps");
+
+/* Port rules by rule set. Written by user space;
+ * read by connect and inbound. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 64);
+	__type(key, struct port_rule_key);
+	__type(value, enum rule_verdict);
+} port_rules SEC(".maps");
+
+/* Outbound address rules by rule set, one longest-prefix match each,
+ * with "an exclude beats an include" already folded in.
+ * Written by user space; read by connect. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 64);
+	__type(key, struct cidr4_key);
+	__type(value, enum rule_verdict);
+} cidr_rules4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 64);
+	__type(key, struct cidr6_key);
+	__type(value, enum rule_verdict);
+} cidr_rules6 SEC(".maps");
+
+/* The proxy's own listening sockets on its two ports. Written by sockops when
+ * it listens and by user space for those opened before enrolment; read by
+ * sk_lookup. The kernel removes closed sockets. Full: that listener is not
+ * found, and inbound is refused and counted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 65536);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/* What a socket was meant to reach, for as long as the socket lives. Written
+ * by connect (client) and sockops (accepted socket); read by connect, the
+ * name hooks, sockopt and the guard. No memory: the connection is refused.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct record);
+} orig_dst SEC(".maps");
+
+/* Captured connections between their SYN and their acceptance. Written and
+ * read by sockops, read by sk_lookup. Each pod has a bounded share. Full: the
+ * SYN is refused and counted.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct handshake_key);
+	__type(value, struct record);
+} handshakes SEC(".maps");
+
+/* How many entries of handshakes a pod holds. Created by user space at
+ * enrolment; counted by sockops.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS);
+	__type(key, __u64);
+	__type(value, __u32);
+} handshake_use SEC(".maps");
+
+/* Connections by pod and reason. Written by every program; read by user
+ * space. Full: a count is lost, no decision.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 32);
+	__type(key, struct stat_key);
+	__type(value, __u64);
+} stats SEC(".maps");
+
+/* Rule sets in use. Key: rules_id. User space only: equal rules share an id.
+ * Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS);
+	__type(key, __u32);
+	__type(value, struct rule_set);
+} rule_sets SEC(".maps");
+
+/* 1 while the TC program asks the kernel who would get a packet: that is not a
+ * packet, sk_lookup does not count it. Per CPU, within one softirq.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} tc_asks SEC(".maps");
+
+#endif

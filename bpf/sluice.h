@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What the programs and user space share: the shape of every map's key and
+ * value, and the reasons for every decision. Addresses are 16 bytes in network
+ * order, IPv4 as ::ffff:a.b.c.d, so that a family 2 client and a family 10
+ * listener name one connection the same way. Ports are in host order.
+ */
+#ifndef SLUICE_H
+#define SLUICE_H
+
+#include <linux/bpf.h>
+
+#define SLUICE_MAX_PODS 1024
+#define SLUICE_LISTENER_SLOTS 64
+
+struct addr {
+	__u8 b[16];
+};
+
+/* Why a connection was captured, passed or stopped. Counters, records and
+ * reports share this list; append only, the numbers are part of the pins.
+ */
+enum reason {
+	REASON_NONE,
+	/* captured */
+	CAPTURED_OUT, /* outbound, to the proxy's outbound port */
+	CAPTURED_SELF, /* the proxy called its own pod: to the inbound port */
+	CAPTURED_IN, /* inbound, to the proxy's inbound port */
+	/* passed */
+	DIRECT_PROXY, /* the proxy's own traffic */
+	DIRECT_PORT_OUT, /* port in excludeOutboundPorts */
+	DIRECT_CIDR, /* address excluded, or not included */
+	DIRECT_LOCAL, /* an app calls its own pod */
+	DIRECT_PROXY_SOURCE, /* the proxy calls the app from 127.0.0.6 or ::6 */
+	DIRECT_LOOPBACK, /* 127.0.0.1 or ::1 */
+	DIRECT_PORT_IN, /* inbound port not captured */
+	LEFT_TO_KERNEL, /* no address of that family, or not a unicast address */
+	PASSED_BEFORE, /* its SYN was out before the pod was enrolled */
+	/* refused */
+	REFUSED_NO_MEMORY, /* no memory for the socket's record */
+	REFUSED_TABLE_FULL, /* handshakes, or the pod's share of it, is full */
+	REFUSED_NO_HANDSHAKE, /* a SYN for a capture port that no connect announced */
+	REFUSED_NO_LISTENER, /* the proxy does not listen (or cannot be assigned) */
+	REFUSED_NO_POD, /* program attached, pod unknown: fail closed */
+	REFUSED_NO_RECORD, /* SO_ORIGINAL_DST asked for a connection nobody captured */
+	/* stopped by the guard on its way out */
+	GUARD_NO_VERDICT, /* a SYN that no connect hook has judged */
+	GUARD_LOOPBACK, /* destination 127.0.0.0/8 on the wire */
+	/* about the proxy's listeners */
+	LISTENER_NOT_MAPPABLE, /* an MPTCP listener: needs the TC way */
+	LISTENER_SLOTS_FULL, /* more than SLUICE_LISTENER_SLOTS listeners */
+	REASON_MAX,
+};
+
+enum pod_flags {
+	POD_OUT_DEFAULT_CAPTURE = 1 << 0, /* includeOutboundIPRanges is "*" */
+	POD_OUT_HAS_CIDRS4 = 1 << 1, /* cidr_rules4 has entries for rules_id */
+	POD_OUT_HAS_CIDRS6 = 1 << 2,
+	POD_IN_DEFAULT_CAPTURE = 1 << 3, /* includeInboundPorts is "*" */
+	POD_LOCAL_CAPTURABLE = 1 << 4, /* an include CIDR is itself loopback: no O4 */
+	POD_INBOUND_TC = 1 << 5, /* the TC ingress program is attached as well */
+};
+
+/* pods: netns cookie -> pod */
+struct pod {
+	struct addr addr4; /* what a captured socket shows as its source; zero: no IPv4 */
+	struct addr addr6; /* the same for IPv6 */
+	__u32 rules_id;
+	enum pod_flags flags;
+	__u16 out_port; /* the proxy's outbound listener */
+	__u16 in_port; /* the proxy's inbound listener */
+	__u32 pad;
+};
+
+/* pod_names: netns cookie -> names, for people */
+struct pod_name {
+	char namespace[64];
+	char name[256];
+	char uid[40];
+};
+
+struct own_addr_key {
+	__u64 cookie;
+	struct addr addr;
+};
+
+enum id_kind {
+	ID_UID,
+	ID_GID,
+};
+
+enum id_verdict {
+	ID_EXEMPT = 1, /* its traffic is direct */
+	ID_EXEMPT_SELF = 2, /* the same, and its calls to its own pod return inbound */
+};
+
+struct proxy_id_key {
+	__u32 rules_id;
+	enum id_kind kind;
+	__u32 id; /* as the initial user namespace sees it */
+};
+
+enum direction {
+	DIR_OUT,
+	DIR_IN,
+};
+
+enum rule_verdict {
+	RULE_DIRECT = 1,
+	RULE_CAPTURE = 2,
+};
+
+struct port_rule_key {
+	__u32 rules_id;
+	enum direction direction;
+	__u16 port;
+	__u8 protocol; /* IPPROTO_TCP */
+	__u8 pad;
+};
+
+struct cidr4_key {
+	__u32 prefixlen; /* 32 (rules_id) + the prefix */
+	__u32 rules_id;
+	__u8 addr[4];
+};
+
+struct cidr6_key {
+	__u32 prefixlen;
+	__u32 rules_id;
+	__u8 addr[16];
+};
+
+/* rule_sets: rules_id -> the rules' digest, by which equal ones are found */
+struct rule_set {
+	__u8 sha256[32];
+};
+
+struct listener_key {
+	__u64 cookie;
+	__u16 port;
+	__u8 family;
+	__u8 slot;
+	__u32 pad;
+};
+
+enum record_flags {
+	RECORD_ACCEPTED = 1 << 0, /* the proxy's end of a captured connection */
+	RECORD_PRESENT_SRC = 1 << 1, /* show src in place of the loopback source */
+	RECORD_PROXY_BOUND = 1 << 2, /* bound by the proxy's UID or GID */
+};
+
+/* orig_dst (socket storage) and handshakes: what a connection was meant to be */
+struct record {
+	struct addr dst; /* original destination */
+	struct addr src; /* the pod's address, if RECORD_PRESENT_SRC */
+	__u16 dport;
+	__u16 pad;
+	enum reason reason;
+	enum record_flags flags;
+};
+
+struct handshake_key {
+	__u64 cookie;
+	struct addr client;
+	struct addr server;
+	__u16 client_port;
+	__u16 server_port;
+	__u32 pad;
+};
+
+struct stat_key {
+	__u64 cookie;
+	enum reason reason;
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct pod) == 48, "pod");
+_Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
+_Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
+_Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
+_Static_assert(sizeof(struct cidr4_key) == 12, "cidr4_key");
+_Static_assert(sizeof(struct cidr6_key) == 24, "cidr6_key");
+_Static_assert(sizeof(struct listener_key) == 16, "listener_key");
+_Static_assert(sizeof(struct record) == 44, "record");
+_Static_assert(sizeof(struct handshake_key) == 48, "handshake_key");
+_Static_assert(sizeof(struct stat_key) == 16, "stat_key");
+
+#endif

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* The original destination travels from the client's socket to the proxy's
+ * accepted socket through handshakes, and the proxy's listeners are noted.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "sluice.h"
+#include "config.h"
+#include "maps.h"
+#include "addr.h"
+#include "rules.h"
+#include "stats.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define EEXIST 17
+#define EOPNOTSUPP 95
+
+static __always_inline void local_addr(struct bpf_sock_ops *ctx, struct addr *a)
+{
+	__be32 v4 = NOW(ctx->local_ip4);
+
+	if (ctx->family == AF_INET)
+		addr_set4(a, v4);
+	else
+		addr_set(a, ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
+			 ctx->local_ip6[3]);
+}
+
+static __always_inline void remote_addr(struct bpf_sock_ops *ctx, struct addr *a)
+{
+	__be32 v4 = NOW(ctx->remote_ip4);
+
+	if (ctx->family == AF_INET)
+		addr_set4(a, v4);
+	else
+		addr_set(a, ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2],
+			 ctx->remote_ip6[3]);
+}
+
+static __always_inline void client_key(struct bpf_sock_ops *ctx, struct handshake_key *key)
+{
+	key->cookie = bpf_get_netns_cookie(ctx);
+	local_addr(ctx, &key->client);
+	remote_addr(ctx, &key->server);
+	key->client_port = ctx->local_port;
+	key->server_port = bpf_ntohl(ctx->remote_port);
+}
+
+static __always_inline void server_key(struct bpf_sock_ops *ctx, struct handshake_key *key)
+{
+	key->cookie = bpf_get_netns_cookie(ctx);
+	remote_addr(ctx, &key->client);
+	local_addr(ctx, &key->server);
+	key->client_port = bpf_ntohl(ctx->remote_port);
+	key->server_port = ctx->local_port;
+}
+
+static __always_inline void remove_handshake(struct handshake_key *key)
+{
+	__u32 *used;
+
+	if (bpf_map_delete_elem(&handshakes, key))
+		return;
+	used = bpf_map_lookup_elem(&handshake_use, &key->cookie);
+	if (used)
+		__sync_fetch_and_sub(used, 1);
+}
+
+/* Takes one of the pod's share first, so that it cannot be exceeded. */
+static __always_inline bool add_handshake(struct handshake_key *key, struct record *rec)
+{
+	__u32 *used = bpf_map_lookup_elem(&handshake_use, &key->cookie);
+	long err;
+
+	if (!used)
+		return false;
+	if (__sync_fetch_and_add(used, 1) >= handshake_share) {
+		__sync_fetch_and_sub(used, 1);
+		return false;
+	}
+	err = bpf_map_update_elem(&handshakes, key, rec, BPF_NOEXIST);
+	if (!err)
+		return true;
+	__sync_fetch_and_sub(used, 1);
+	if (err != -EEXIST)
+		return false;
+	/* Left by a socket with the same addresses that is no more. */
+	return !bpf_map_update_elem(&handshakes, key, rec, BPF_EXIST);
+}
+
+/* The source port is known and the SYN is not out. Also for a direct call to a
+ * capture port on loopback: sk_lookup refuses a SYN there that has no entry.
+ */
+static __always_inline void on_client_syn(struct bpf_sock_ops *ctx)
+{
+	struct handshake_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct record *rec;
+	struct pod *pod;
+
+	if (!sk)
+		return;
+	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
+	if (!rec)
+		return; /* not a pod of ours */
+	client_key(ctx, &key);
+	if (!is_captured(rec->reason)) {
+		if (!addr_is_loopback(&key.server))
+			return;
+		pod = bpf_map_lookup_elem(&pods, &key.cookie);
+		if (!pod || !is_capture_port(pod, key.server_port))
+			return;
+	}
+	if (!add_handshake(&key, rec)) {
+		count(key.cookie, REFUSED_TABLE_FULL);
+		return; /* sk_lookup refuses the SYN */
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* Only sockets with an announced SYN have this callback on. A handshake that
+ * never reached the proxy's accept ends here.
+ */
+static __always_inline void on_client_state(struct bpf_sock_ops *ctx)
+{
+	struct handshake_key key = {};
+
+	if (ctx->args[1] != BPF_TCP_CLOSE)
+		return;
+	client_key(ctx, &key);
+	remove_handshake(&key);
+}
+
+static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
+{
+	struct handshake_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct record *waiting, *rec;
+	struct mptcp_sock *msk;
+	struct pod *pod;
+
+	if (!sk)
+		return;
+	key.cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &key.cookie);
+	if (!pod || !is_capture_port(pod, ctx->local_port))
+		return;
+	server_key(ctx, &key);
+	waiting = bpf_map_lookup_elem(&handshakes, &key);
+	if (!waiting)
+		return;
+	rec = bpf_sk_storage_get(&orig_dst, sk, waiting, BPF_SK_STORAGE_GET_F_CREATE);
+	if (rec) {
+		rec->flags = (rec->flags & RECORD_PRESENT_SRC) | RECORD_ACCEPTED;
+		if (have_mptcp_sock) {
+			msk = bpf_skc_to_mptcp_sock(sk);
+			/* a later subflow finds the record of the first */
+			if (msk)
+				bpf_sk_storage_get(&orig_dst, msk, rec,
+						   BPF_SK_STORAGE_GET_F_CREATE);
+		}
+	}
+	remove_handshake(&key);
+}
+
+/* Only the proxy's listeners, or anyone in the pod could take its traffic or
+ * stop it: bound by the proxy's UID or GID, on a wildcard or one of the pod's
+ * addresses. Loopback ones (istio-validation's) are for loopback traffic, where
+ * the kernel finds them by itself.
+ */
+static __always_inline void on_listen(struct bpf_sock_ops *ctx)
+{
+	struct listener_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct record *rec;
+	struct addr local;
+	struct pod *pod;
+	long err;
+	int i;
+
+	if (!sk)
+		return;
+	key.cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &key.cookie);
+	if (!pod || !is_capture_port(pod, ctx->local_port))
+		return;
+	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
+	if (!rec || !(rec->flags & RECORD_PROXY_BOUND))
+		return;
+	local_addr(ctx, &local);
+	if (!addr_is_any(&local) &&
+	    (addr_is_loopback(&local) || !own_addr(&own_addrs, key.cookie, &local)))
+		return;
+	key.port = ctx->local_port;
+	key.family = ctx->family;
+	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
+		key.slot = i;
+		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
+		if (!err)
+			return;
+		if (err == -EOPNOTSUPP) {
+			count(key.cookie, LISTENER_NOT_MAPPABLE);
+			return;
+		}
+		if (err != -EEXIST)
+			break;
+	}
+	count(key.cookie, LISTENER_SLOTS_FULL);
+}
+
+SEC("sockops")
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_client_syn(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_proxy_accept(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		on_client_state(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		on_listen(ctx);
+		break;
+	}
+	return 1;
+}
+
+/* Sockops cannot ask who calls listen(): bind(), in the same process, can. */
+static __always_inline int on_bound(struct bpf_sock *ctx)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	struct record *rec;
+
+	if (!pod || !is_capture_port(pod, ctx->src_port) || !proxy_verdict(pod->rules_id))
+		return 1;
+	rec = bpf_sk_storage_get(&orig_dst, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (rec)
+		rec->flags |= RECORD_PROXY_BOUND;
+	return 1;
+}
+
+SEC("cgroup/post_bind4")
+int post_bind4(struct bpf_sock *ctx)
+{
+	return on_bound(ctx);
+}
+
+SEC("cgroup/post_bind6")
+int post_bind6(struct bpf_sock *ctx)
+{
+	return on_bound(ctx);
+}

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* Per pod, on every interface but lo.
+ *
+ * guard (egress) stops a SYN that no connect hook has judged: it does not
+ * decide rules again, it wants a verdict. tc_inbound (ingress, --inbound=tc)
+ * steers to listeners that no sockhash can hold (MPTCP); whatever it cannot
+ * assign is left to the sk_lookup program, which refuses.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_helpers.h>
+#include "sluice.h"
+#include "config.h"
+#include "maps.h"
+#include "addr.h"
+#include "rules.h"
+#include "stats.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* "No opinion": later programs and filters still run, by TCX and by clsact. */
+#define NEXT TC_ACT_UNSPEC
+
+#define IP_MF 0x2000
+#define IP_OFFSET 0x1fff
+#define TCP_FLAG_SYN 0x02
+#define TCP_FLAG_ACK 0x10
+#define MAX_EXT_HEADERS 6
+
+struct packet {
+	struct addr src, dst;
+	__be16 sport, dport;
+	__u8 flags;
+};
+
+enum parsed {
+	NOT_TCP, /* or a later fragment, or not IP */
+	TCP,
+	TCP_HIDDEN, /* TCP whose flags cannot be seen: no honest stack sends it */
+};
+
+static __always_inline bool load(struct __sk_buff *skb, __u32 off, void *to, __u32 len)
+{
+	return !bpf_skb_load_bytes_relative(skb, off, to, len, BPF_HDR_START_NET);
+}
+
+static __always_inline enum parsed parse_tcp(struct __sk_buff *skb, __u32 off, struct packet *p)
+{
+	__u8 head[14];
+
+	if (!load(skb, off, head, sizeof(head)))
+		return TCP_HIDDEN;
+	p->sport = *(__be16 *)head;
+	p->dport = *(__be16 *)(head + 2);
+	p->flags = head[13];
+	return TCP;
+}
+
+static __always_inline enum parsed parse4(struct __sk_buff *skb, struct packet *p)
+{
+	struct iphdr ip;
+
+	if (!load(skb, 0, &ip, sizeof(ip)))
+		return NOT_TCP;
+	addr_set4(&p->src, ip.saddr);
+	addr_set4(&p->dst, ip.daddr);
+	if (ip.protocol != IPPROTO_TCP || ip.frag_off & bpf_htons(IP_OFFSET))
+		return NOT_TCP;
+	return parse_tcp(skb, ip.ihl * 4, p);
+}
+
+static __always_inline enum parsed parse6(struct __sk_buff *skb, struct packet *p)
+{
+	struct ipv6hdr ip;
+	__u32 off = sizeof(ip);
+	__u8 next, head[4];
+	int i;
+
+	if (!load(skb, 0, &ip, sizeof(ip)))
+		return NOT_TCP;
+	__builtin_memcpy(p->src.b, &ip.saddr, 16);
+	__builtin_memcpy(p->dst.b, &ip.daddr, 16);
+	next = ip.nexthdr;
+	for (i = 0; i < MAX_EXT_HEADERS; i++) {
+		if (next == IPPROTO_TCP)
+			return parse_tcp(skb, off, p);
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT)
+			return NOT_TCP;
+		if (!load(skb, off, head, sizeof(head)))
+			return TCP_HIDDEN;
+		if (next == IPPROTO_FRAGMENT) {
+			if (*(__be16 *)(head + 2) & bpf_htons(0xfff8))
+				return NOT_TCP;
+			off += 8;
+		} else {
+			off += (head[1] + 1) * 8;
+		}
+		next = head[0];
+	}
+	return TCP_HIDDEN;
+}
+
+/* By the version in the header: a packet socket may claim any protocol. */
+static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p)
+{
+	__u8 version;
+
+	if (!load(skb, 0, &version, 1))
+		return NOT_TCP;
+	if (version >> 4 == 4)
+		return parse4(skb, p);
+	if (version >> 4 == 6)
+		return parse6(skb, p);
+	return NOT_TCP;
+}
+
+SEC("tc")
+int guard(struct __sk_buff *skb)
+{
+	__u64 cookie = netns_cookie;
+	struct packet p = {};
+	enum parsed what = parse(skb, &p);
+	struct bpf_sock *sk = skb->sk;
+	struct record *rec;
+
+	if (addr_is4(&p.dst) && addr_is_loopback(&p.dst)) {
+		count(cookie, GUARD_LOOPBACK); /* SO_BINDTODEVICE and a captured connect */
+		return TC_ACT_SHOT;
+	}
+	if (what == NOT_TCP)
+		return NEXT;
+	if (what == TCP && (p.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN)
+		return NEXT;
+	if (skb->ingress_ifindex && !sk)
+		return NEXT; /* forwarded for somebody behind the pod */
+	if (sk) {
+		rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
+		if (rec && rec->reason >= DIRECT_PROXY && rec->reason <= PASSED_BEFORE &&
+		    rec->reason != LEFT_TO_KERNEL)
+			return NEXT;
+	}
+	count(cookie, GUARD_NO_VERDICT);
+	return TC_ACT_SHOT;
+}
+
+/* Who would get this packet? The kernel's own answer, our sk_lookup program
+ * included. It counts nothing meanwhile.
+ */
+static __always_inline bool somebody_has(struct __sk_buff *skb, struct bpf_sock_tuple *tuple,
+					 __u32 len)
+{
+	__u32 zero = 0, *asks = bpf_map_lookup_elem(&tc_asks, &zero);
+	struct bpf_sock *sk;
+
+	if (!asks)
+		return true;
+	*asks = 1;
+	sk = bpf_skc_lookup_tcp(skb, tuple, len, BPF_F_CURRENT_NETNS, 0);
+	*asks = 0;
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
+}
+
+SEC("tc")
+int tc_inbound(struct __sk_buff *skb)
+{
+	struct bpf_sock_tuple tuple = {};
+	__u64 cookie = netns_cookie;
+	struct packet p = {};
+	struct record *rec;
+	struct bpf_sock *sk;
+	struct pod *pod;
+	__u32 len;
+
+	if (parse(skb, &p) != TCP)
+		return NEXT;
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !own_addr(&own_addrs, cookie, &p.dst))
+		return NEXT;
+	if (addr_is4(&p.dst)) {
+		len = sizeof(tuple.ipv4);
+		tuple.ipv4.saddr = addr_word(&p.src, 3);
+		tuple.ipv4.daddr = addr_word(&p.dst, 3);
+		tuple.ipv4.sport = p.sport;
+		tuple.ipv4.dport = p.dport;
+	} else {
+		len = sizeof(tuple.ipv6);
+		__builtin_memcpy(tuple.ipv6.saddr, p.src.b, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, p.dst.b, 16);
+		tuple.ipv6.sport = p.sport;
+		tuple.ipv6.dport = p.dport;
+	}
+	if (len == sizeof(tuple.ipv4) ? somebody_has(skb, &tuple, sizeof(tuple.ipv4)) :
+					somebody_has(skb, &tuple, sizeof(tuple.ipv6)))
+		return NEXT; /* an open connection, a handshake, or what sk_lookup assigns */
+
+	/* Source port 0: a question to the kernel that sk_lookup leaves alone. */
+	if (addr_is4(&p.dst)) {
+		tuple.ipv4.sport = 0;
+		tuple.ipv4.dport = bpf_htons(pod->in_port);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		tuple.ipv6.sport = 0;
+		tuple.ipv6.dport = bpf_htons(pod->in_port);
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return NEXT;
+	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
+	if (rec && rec->flags & RECORD_PROXY_BOUND && !bpf_sk_assign(skb, sk, 0) &&
+	    p.flags & TCP_FLAG_SYN)
+		count(cookie, CAPTURED_IN);
+	bpf_sk_release(sk);
+	return NEXT;
+}

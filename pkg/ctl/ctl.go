@@ -1,0 +1,111 @@
+// Package ctl is the command line of sluicectl. Noun commands (pods, rules,
+// stats, check) change nothing; verb commands (up, down, enroll, unenroll) do.
+package ctl
+
+import (
+	"errors"
+	"io"
+	"os"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/kernel"
+	"github.com/sluice-mesh/sluice/pkg/report"
+)
+
+// Defaults of the directories.
+const (
+	defaultBPFFS = "/sys/fs/bpf"
+	defaultDir   = "/sys/fs/bpf/sluice"
+)
+
+// Env is what the command line touches of the world.
+type Env struct {
+	Out, Err io.Writer
+}
+
+// errNotOK ends a command that has already said what is wrong.
+var errNotOK = errors.New("not ok")
+
+// Run executes one command line and returns its exit status.
+func Run(env Env, args []string) int {
+	root := newRoot(env)
+	root.SetArgs(args)
+	root.SetOut(env.Out)
+	root.SetErr(env.Err)
+	err := root.Execute()
+	if err == nil {
+		return 0
+	}
+	if !errors.Is(err, errNotOK) {
+		root.PrintErrln("sluicectl: " + err.Error())
+	}
+	return 1
+}
+
+// flags that most commands share
+type common struct {
+	env    Env
+	dir    string
+	output string
+}
+
+func (c *common) format() (report.Format, error) { return report.ParseFormat(c.output) }
+
+func (c *common) open() (*datapath.Datapath, error) {
+	if err := needRoot(); err != nil {
+		return nil, err
+	}
+	return datapath.Open(datapath.Options{Dir: c.dir, Log: c.log()})
+}
+
+func (c *common) log() logrus.FieldLogger {
+	log := logrus.New()
+	log.SetOutput(c.env.Err)
+	return log
+}
+
+func needRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("this needs root: run it with sudo, or as root")
+	}
+	return nil
+}
+
+// defaultCgroup is the true root of cgroup2.
+func defaultCgroup(dir string) (string, error) {
+	if dir != "" {
+		return dir, kernel.IsCgroup2(dir)
+	}
+	return kernel.CgroupRoot()
+}
+
+func newRoot(env Env) *cobra.Command {
+	c := &common{env: env}
+	root := &cobra.Command{
+		Use:   "sluicectl",
+		Short: "Redirect a pod's TCP connections to its mesh proxy with eBPF, without iptables",
+		Long: `sluicectl runs Sluice on one machine, without Kubernetes.
+
+  sluicectl check                   what this kernel offers
+  sluicectl up                      load and attach the node's programs
+  sluicectl enroll --netns NAME     capture a network namespace's connections
+  sluicectl pods                    what is enrolled
+  sluicectl stats                   what happened to connections, and why
+  sluicectl unenroll --netns NAME   leave the namespace alone again
+  sluicectl down                    remove every trace
+
+  sluicectl demo                    see all of it work, with a real proxy`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.PersistentFlags().StringVar(&c.dir, "bpffs", defaultDir, "directory on a bpffs below which everything is pinned")
+	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c))
+	return root
+}
+
+func addOutput(cmd *cobra.Command, c *common) {
+	cmd.Flags().StringVarP(&c.output, "output", "o", "table", "output format: table, json or yaml")
+}

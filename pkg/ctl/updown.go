@@ -1,0 +1,138 @@
+package ctl
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/kernel"
+)
+
+// mountMark is a directory that says that the bpffs it is on was mounted by us.
+const mountMark = "sluice_mounted"
+
+func newUp(c *common) *cobra.Command {
+	var opts datapath.Options
+	cmd := &cobra.Command{
+		Use:   "up",
+		Short: "Load, pin and attach the node's programs, or replace those that run",
+		Long: `up loads the node's programs, pins them below --bpffs and attaches them to
+--cgroup. From then on they run without any process of Sluice's. Running it
+again replaces the programs in place, each atomically; pods stay enrolled and
+connections open.
+
+A namespace is captured only once it is enrolled: see "sluicectl enroll --help".`,
+		Example: `  sluicectl up
+  sluicectl up --cgroup /sys/fs/cgroup/test --bpffs /tmp/bpf/sluice`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			opts.Dir, opts.Log = c.dir, c.log()
+			return c.up(cmd, opts)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&opts.Cgroup, "cgroup", "", "cgroup2 directory whose processes are seen (default: the true root of cgroup2)")
+	f.StringVar(&opts.SockoptCgroup, "sockopt-cgroup", "", "cgroup2 directory of the getsockopt program, which every getsockopt() below it pays for; all proxies must be below it (default: the --cgroup)")
+	f.Uint32Var(&opts.Handshakes, "handshakes", 0, "size of the handshakes table, at the first start (default 65536)")
+	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many of them one pod may hold (default: a quarter)")
+	return cmd
+}
+
+func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
+	if err := needRoot(); err != nil {
+		return err
+	}
+	var err error
+	if opts.Cgroup, err = defaultCgroup(opts.Cgroup); err != nil {
+		return err
+	}
+	if _, err := datapath.Probe(); err != nil {
+		return err
+	}
+	if err := ensureBPFFS(c.dir); err != nil {
+		return err
+	}
+	d, err := datapath.Up(opts)
+	if err != nil {
+		return errors.Join(err, dropMount(c.dir))
+	}
+	defer d.Close()
+	if err := c.prove(opts); err != nil {
+		return err
+	}
+	pods, err := d.Pods()
+	if err != nil {
+		return err
+	}
+	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %d pods enrolled.\n", opts.Cgroup, c.dir, len(pods))
+	return nil
+}
+
+// ensureBPFFS mounts a bpffs at its usual place where there is none. Anywhere
+// else that is the caller's to do.
+func ensureBPFFS(dir string) error {
+	parent := filepath.Dir(dir)
+	err := kernel.IsBPFFS(parent)
+	if err == nil || parent != defaultBPFFS {
+		return nil // datapath.Up judges, with a sentence
+	}
+	if errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%w: this kernel has no BPF file system", err)
+	}
+	if err := kernel.MountBPFFS(defaultBPFFS); err != nil {
+		return err
+	}
+	return os.Mkdir(filepath.Join(defaultBPFFS, mountMark), 0o700)
+}
+
+// dropMount undoes ensureBPFFS once nothing else is on that bpffs.
+func dropMount(dir string) error {
+	parent := filepath.Dir(dir)
+	mark := filepath.Join(parent, mountMark)
+	if parent != defaultBPFFS || kernel.IsBPFFS(parent) != nil {
+		return nil
+	}
+	entries, err := os.ReadDir(parent)
+	if err != nil || len(entries) != 1 || entries[0].Name() != mountMark {
+		return nil
+	}
+	if err := os.Remove(mark); err != nil {
+		return fmt.Errorf("remove %s: %w", mark, err)
+	}
+	if err := unix.Unmount(parent, 0); err != nil {
+		return fmt.Errorf("unmount the bpffs that sluicectl up mounted on %s: %w", parent, err)
+	}
+	return nil
+}
+
+func newDown(c *common) *cobra.Command {
+	return &cobra.Command{
+		Use:   "down",
+		Short: "Remove every program, map and pin of Sluice's",
+		Long: `down detaches every program and removes every map and pin below --bpffs.
+Pods that were enrolled are not captured any more: their new connections go
+direct. Where nothing is left to remove it says so and succeeds.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := needRoot(); err != nil {
+				return err
+			}
+			_, statErr := os.Stat(c.dir)
+			pods, err := datapath.Down(c.dir)
+			if err := errors.Join(err, dropMount(c.dir)); err != nil {
+				return err
+			}
+			if errors.Is(statErr, os.ErrNotExist) {
+				cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
+				return nil
+			}
+			cmd.Printf("Sluice is down: nothing is left below %s; %d pods were enrolled and now go direct.\n", c.dir, pods)
+			return nil
+		},
+	}
+}

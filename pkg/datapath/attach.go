@@ -1,0 +1,251 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/sluice-mesh/sluice/pkg/netns"
+)
+
+// The programs of a pod. Their pins are links/pods/COOKIE/NAME, with the
+// interface's index behind the TC programs' names.
+const (
+	progInbound   = "inbound"
+	progGuard     = "guard"
+	progTCInbound = "tc_inbound"
+)
+
+// podPrograms are loaded for one namespace, whose cookie they hold.
+type podPrograms struct {
+	inbound, tc *ebpf.Collection
+}
+
+func (p podPrograms) Close() {
+	if p.inbound != nil {
+		p.inbound.Close()
+	}
+	if p.tc != nil {
+		p.tc.Close()
+	}
+}
+
+// loadPod loads the programs named, and only those, for one namespace.
+func (d *Datapath) loadPod(cookie uint64, tcNames ...string) (podPrograms, error) {
+	values := map[string]any{
+		"netns_cookie":         cookie,
+		"have_ingress_ifindex": d.features.IngressIfindex,
+	}
+	var out podPrograms
+	var err error
+	if out.inbound, err = d.load(d.pod.inbound.Copy(), values); err != nil {
+		return podPrograms{}, fmt.Errorf("load the inbound program: %w", err)
+	}
+	if len(tcNames) == 0 {
+		return out, nil
+	}
+	spec := d.pod.tc.Copy()
+	keep := map[string]*ebpf.ProgramSpec{}
+	for _, name := range tcNames {
+		keep[name] = spec.Programs[name]
+	}
+	spec.Programs = keep
+	if out.tc, err = d.load(spec, values); err != nil {
+		out.Close()
+		return podPrograms{}, fmt.Errorf("load the TC programs: %w", err)
+	}
+	return out, nil
+}
+
+// attachPod attaches what the pod should have and is not attached yet, replaces
+// what is, and detaches what it should not have.
+func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, pod Pod) error {
+	var tcNames []string
+	if !pod.NoGuard {
+		tcNames = append(tcNames, progGuard)
+	}
+	if pod.Inbound == InboundTC {
+		tcNames = append(tcNames, progTCInbound)
+	}
+	programs, err := d.loadPod(ns.Cookie(), tcNames...)
+	if err != nil {
+		return err
+	}
+	defer programs.Close()
+	dir := d.podDir(ns.Cookie())
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make %s: %w", dir, err)
+	}
+	wanted := map[string]bool{progInbound: true}
+	attachInbound := func() (link.Link, error) {
+		return link.AttachNetNs(ns.Fd(), programs.inbound.Programs[progInbound])
+	}
+	if err := replaceOrPin(filepath.Join(dir, progInbound), programs.inbound.Programs[progInbound], attachInbound); err != nil {
+		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
+	}
+	for _, l := range network.Links {
+		if l.Lo {
+			continue
+		}
+		for _, name := range tcNames {
+			wanted[tcPin(name, l.Index)] = true
+			if err := d.attachTC(ns, l, name, programs.tc.Programs[name]); err != nil {
+				return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
+			}
+		}
+	}
+	return d.detachExcept(dir, wanted, ns)
+}
+
+func tcPin(name string, ifindex int) string { return name + "_" + strconv.Itoa(ifindex) }
+
+// replaceOrPin replaces the program of a pinned link, or attaches and pins.
+func replaceOrPin(pin string, prog *ebpf.Program, attach func() (link.Link, error)) error {
+	old, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		defer old.Close()
+		err := old.Update(prog)
+		if err == nil {
+			return nil
+		}
+		// What it was attached to is gone: attach anew.
+		if err := old.Unpin(); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := attach()
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	return l.Pin(pin)
+}
+
+func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program) error {
+	if !d.features.TCX {
+		return attachClsact(ns, l, name, prog)
+	}
+	where := ebpf.AttachTCXEgress
+	if name == progTCInbound {
+		where = ebpf.AttachTCXIngress
+	}
+	return replaceOrPin(filepath.Join(d.podDir(ns.Cookie()), tcPin(name, l.Index)), prog, func() (out link.Link, err error) {
+		err = ns.Do(func() error {
+			out, err = link.AttachTCX(link.TCXOptions{Interface: l.Index, Program: prog, Attach: where, Anchor: link.Head()})
+			return err
+		})
+		return out, err
+	})
+}
+
+// detachExcept removes the pod's links that are not wanted.
+func (d *Datapath) detachExcept(dir string, wanted map[string]bool, ns *netns.NetNS) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("list %s: %w", dir, err)
+	}
+	var errs error
+	for _, e := range entries {
+		if !wanted[e.Name()] {
+			errs = errors.Join(errs, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	if ns != nil && !d.features.TCX {
+		errs = errors.Join(errs, detachClsact(ns, func(name string, ifindex int) bool { return wanted[tcPin(name, ifindex)] }))
+	}
+	return errs
+}
+
+// detachPod removes all of a pod's programs. A dead namespace has taken them
+// along, and leaves only pins.
+func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
+	dir := d.podDir(cookie)
+	err := d.detachExcept(dir, nil, ns)
+	if e := os.RemoveAll(dir); e != nil {
+		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
+	}
+	return err
+}
+
+// replacePods loads the pod programs anew for every enrolled pod and replaces
+// them in place. Clsact filters are replaced when the pod is enrolled again.
+func (d *Datapath) replacePods() error {
+	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
+	if err != nil {
+		return fmt.Errorf("list the pods' links: %w", err)
+	}
+	var errs error
+	for _, e := range entries {
+		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
+		if err != nil {
+			continue
+		}
+		if err := d.replacePod(cookie); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("replace the programs of pod %d: %w", cookie, err))
+		}
+	}
+	return errs
+}
+
+func (d *Datapath) replacePod(cookie uint64) error {
+	dir := d.podDir(cookie)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	names := map[string]bool{}
+	for _, e := range entries {
+		name, _ := splitTCPin(e.Name())
+		names[name] = true
+	}
+	var tcNames []string
+	for _, name := range []string{progGuard, progTCInbound} {
+		if names[name] {
+			tcNames = append(tcNames, name)
+		}
+	}
+	programs, err := d.loadPod(cookie, tcNames...)
+	if err != nil {
+		return err
+	}
+	defer programs.Close()
+	for _, e := range entries {
+		prog := programs.inbound.Programs[progInbound]
+		if name, ok := splitTCPin(e.Name()); ok {
+			prog = programs.tc.Programs[name]
+		}
+		l, err := link.LoadPinnedLink(filepath.Join(dir, e.Name()), nil)
+		if err != nil {
+			return err
+		}
+		err = l.Update(prog)
+		l.Close()
+		if err != nil && !errors.Is(err, os.ErrClosed) && !isDetached(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// splitTCPin returns the program's name of a pin such as guard_2.
+func splitTCPin(pin string) (name string, ok bool) {
+	i := strings.LastIndexByte(pin, '_')
+	if i < 0 {
+		return pin, false
+	}
+	if _, err := strconv.Atoi(pin[i+1:]); err != nil {
+		return pin, false
+	}
+	return pin[:i], true
+}

@@ -1,0 +1,250 @@
+package datapath
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sluice-mesh/sluice/pkg/netns"
+)
+
+// PodInfo is an enrolled pod, as the maps hold it.
+type PodInfo struct {
+	Cookie    uint64     `json:"cookie"`
+	Namespace string     `json:"namespace"`
+	Name      string     `json:"name"`
+	UID       string     `json:"uid"`
+	Addr4     netip.Addr `json:"ipv4"`
+	Addr6     netip.Addr `json:"ipv6"`
+	RulesID   uint32     `json:"rulesID"`
+	OutPort   uint16     `json:"outboundPort"`
+	InPort    uint16     `json:"inboundPort"`
+	Inbound   Inbound    `json:"inbound"`
+	Programs  []string   `json:"programs"`
+	OwnAddrs  []string   `json:"ownAddresses"`
+	Listeners int        `json:"listeners"`
+}
+
+// RuleInfo is one entry of a rule set.
+type RuleInfo struct {
+	RulesID uint32 `json:"rulesID"`
+	Pods    int    `json:"pods"`
+	Kind    string `json:"kind"`
+	Match   string `json:"match"`
+	Verdict string `json:"verdict"`
+}
+
+// StatInfo is a count of connections.
+type StatInfo struct {
+	Cookie uint64 `json:"cookie"`
+	Pod    string `json:"pod"`
+	Reason string `json:"reason"`
+	Count  uint64 `json:"count"`
+}
+
+// Pods lists the enrolled pods by namespace, name and cookie.
+func (d *Datapath) Pods() ([]PodInfo, error) {
+	out := []PodInfo{}
+	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
+		info := PodInfo{
+			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
+			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup,
+			Programs: []string{}, OwnAddrs: []string{},
+		}
+		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
+			info.Inbound = InboundTC
+		}
+		var name connectPodName
+		if d.maps["pod_names"].Lookup(cookie, &name) == nil {
+			info.Namespace, info.Name, info.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
+		}
+		out = append(out, info)
+	})
+	if err != nil {
+		return nil, err
+	}
+	byCookie := map[uint64]*PodInfo{}
+	for i := range out {
+		byCookie[out[i].Cookie] = &out[i]
+		if entries, err := os.ReadDir(d.podDir(out[i].Cookie)); err == nil {
+			for _, e := range entries {
+				out[i].Programs = append(out[i].Programs, e.Name())
+			}
+		}
+	}
+	addrs, err1 := keysOf(d.maps["own_addrs"], func(connectOwnAddrKey) bool { return true })
+	for _, a := range addrs {
+		if p := byCookie[a.Cookie]; p != nil {
+			p.OwnAddrs = append(p.OwnAddrs, fromAddr(a.Addr.B).String())
+		}
+	}
+	listeners, err2 := keysOf(d.maps["listeners"], func(connectListenerKey) bool { return true })
+	for _, l := range listeners {
+		if p := byCookie[l.Cookie]; p != nil {
+			p.Listeners++
+		}
+	}
+	for i := range out {
+		slices.Sort(out[i].OwnAddrs)
+	}
+	slices.SortFunc(out, func(a, b PodInfo) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Cookie, b.Cookie))
+	})
+	return out, errors.Join(err1, err2)
+}
+
+// Rules lists the entries of every rule set.
+func (d *Datapath) Rules() ([]RuleInfo, error) {
+	users := map[uint32]int{}
+	if err := eachPod(d.maps["pods"], func(_ uint64, p connectPod) { users[p.RulesId]++ }); err != nil {
+		return nil, err
+	}
+	out := []RuleInfo{}
+	add := func(id uint32, kind, match, verdict string) {
+		out = append(out, RuleInfo{RulesID: id, Pods: users[id], Kind: kind, Match: match, Verdict: verdict})
+	}
+	err := errors.Join(
+		each(d.maps["proxy_ids"], func(k connectProxyIdKey, v uint32) {
+			kind := map[connectIdKind]string{connectIdKindID_UID: "proxy-uid", connectIdKindID_GID: "proxy-gid"}[k.Kind]
+			verdict := "exempt"
+			if connectIdVerdict(v) == connectIdVerdictID_EXEMPT_SELF {
+				verdict = "exempt, self-calls captured"
+			}
+			add(k.RulesId, kind, strconv.FormatUint(uint64(k.Id), 10), verdict)
+		}),
+		each(d.maps["port_rules"], func(k connectPortRuleKey, v uint32) {
+			kind := map[connectDirection]string{connectDirectionDIR_OUT: "outbound-port", connectDirectionDIR_IN: "inbound-port"}[k.Direction]
+			add(k.RulesId, kind, strconv.Itoa(int(k.Port)), verdictName(v))
+		}),
+		each(d.maps["cidr_rules4"], func(k connectCidr4Key, v uint32) {
+			add(k.RulesId, "outbound-cidr", netip.PrefixFrom(netip.AddrFrom4(k.Addr), int(k.Prefixlen)-32).String(), verdictName(v))
+		}),
+		each(d.maps["cidr_rules6"], func(k connectCidr6Key, v uint32) {
+			add(k.RulesId, "outbound-cidr", netip.PrefixFrom(netip.AddrFrom16(k.Addr), int(k.Prefixlen)-32).String(), verdictName(v))
+		}),
+		eachPod(d.maps["pods"], func(_ uint64, p connectPod) {
+			addDefault := func(kind string, flag connectPodFlags) {
+				verdict := "direct"
+				if p.Flags&flag != 0 {
+					verdict = "capture"
+				}
+				add(p.RulesId, kind, "*", verdict)
+			}
+			addDefault("outbound-cidr", connectPodFlagsPOD_OUT_DEFAULT_CAPTURE)
+			addDefault("inbound-port", connectPodFlagsPOD_IN_DEFAULT_CAPTURE)
+		}),
+	)
+	slices.SortFunc(out, func(a, b RuleInfo) int {
+		return cmp.Or(cmp.Compare(a.RulesID, b.RulesID), cmp.Compare(a.Kind, b.Kind), cmp.Compare(len(a.Match), len(b.Match)), cmp.Compare(a.Match, b.Match))
+	})
+	return slices.Compact(out), err
+}
+
+func verdictName(v uint32) string {
+	if connectRuleVerdict(v) == connectRuleVerdictRULE_CAPTURE {
+		return "capture"
+	}
+	return "direct"
+}
+
+// Stats lists the counters that are not zero.
+func (d *Datapath) Stats() ([]StatInfo, error) {
+	pods, err := d.Pods()
+	if err != nil {
+		return nil, err
+	}
+	names := map[uint64]string{}
+	for _, p := range pods {
+		names[p.Cookie] = p.Namespace + "/" + p.Name
+	}
+	out := []StatInfo{}
+	err = each(d.maps["stats"], func(k connectStatKey, perCPU []uint64) {
+		sum := uint64(0)
+		for _, n := range perCPU {
+			sum += n
+		}
+		out = append(out, StatInfo{Cookie: k.Cookie, Pod: names[k.Cookie], Reason: ReasonName(k.Reason), Count: sum})
+	})
+	slices.SortFunc(out, func(a, b StatInfo) int {
+		return cmp.Or(cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.Cookie, b.Cookie), cmp.Compare(a.Reason, b.Reason))
+	})
+	return out, err
+}
+
+// Handshakes is how many connections are between their SYN and their accept.
+func (d *Datapath) Handshakes() (int, error) {
+	keys, err := keysOf(d.maps["handshakes"], func(connectHandshakeKey) bool { return true })
+	return len(keys), err
+}
+
+// HandshakeUse is how many of them are counted against one pod.
+func (d *Datapath) HandshakeUse(cookie uint64) (int, error) {
+	var n uint32
+	if err := d.maps["handshake_use"].Lookup(cookie, &n); err != nil {
+		return 0, fmt.Errorf("read handshake_use: %w", err)
+	}
+	return int(n), nil
+}
+
+func each[K, V any](m *ebpf.Map, visit func(K, V)) error {
+	keys, err := keysOf(m, func(K) bool { return true })
+	if err != nil {
+		return err
+	}
+	for _, k := range keys {
+		var v V
+		if err := m.Lookup(k, &v); err == nil {
+			visit(k, v)
+		}
+	}
+	return nil
+}
+
+// removeAllPods unpins every pod's links below dir, and removes the filters of
+// those that have no links.
+func removeAllPods(dir string) (int, error) {
+	d := &Datapath{opts: Options{Dir: dir}}
+	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	var errs error
+	for _, e := range entries {
+		errs = errors.Join(errs, os.RemoveAll(filepath.Join(d.linksDir(), "pods", e.Name())))
+	}
+	return len(entries), errors.Join(errs, removeClsactEverywhere(entries))
+}
+
+// removeClsactEverywhere looks into every namespace that a process or a name
+// keeps, for pods whose filters no link holds.
+func removeClsactEverywhere(pods []os.DirEntry) error {
+	if f, err := Probe(); err == nil && f.TCX || len(pods) == 0 {
+		return nil
+	}
+	cookies := map[string]bool{}
+	for _, e := range pods {
+		cookies[e.Name()] = true
+	}
+	var errs error
+	for _, path := range netns.Paths() {
+		ns, err := netns.Open(path)
+		if err != nil {
+			continue
+		}
+		if cookies[strconv.FormatUint(ns.Cookie(), 10)] {
+			errs = errors.Join(errs, detachClsact(ns, func(string, int) bool { return false }))
+		}
+		errs = errors.Join(errs, ns.Close())
+	}
+	return errs
+}

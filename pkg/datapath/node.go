@@ -1,0 +1,220 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// nodeHook is a program of the node and the point it is attached to.
+type nodeHook struct {
+	name    string
+	attach  ebpf.AttachType
+	sockopt bool // on Options.SockoptCgroup
+}
+
+// hooks, in the order in which they are attached and replaced: what hands over
+// an original destination comes before what captures, so that a connection that
+// is captured always finds its other half.
+var nodeHooks = []nodeHook{
+	{"getsockopt", ebpf.AttachCGroupGetsockopt, true},
+	{"getpeername4", ebpf.AttachCgroupInet4GetPeername, false},
+	{"getpeername6", ebpf.AttachCgroupInet6GetPeername, false},
+	{"getsockname4", ebpf.AttachCgroupInet4GetSockname, false},
+	{"getsockname6", ebpf.AttachCgroupInet6GetSockname, false},
+	{"post_bind4", ebpf.AttachCGroupInet4PostBind, false},
+	{"post_bind6", ebpf.AttachCGroupInet6PostBind, false},
+	{"sock_ops", ebpf.AttachCGroupSockOps, false},
+	{"connect4", ebpf.AttachCGroupInet4Connect, false},
+	{"connect6", ebpf.AttachCGroupInet6Connect, false},
+}
+
+// Up loads, pins and attaches the node's programs. Where they are attached
+// already it replaces them in place, each link atomically, and those of every
+// enrolled pod. A start that was cut off is completed by the next.
+func Up(opts Options) (*Datapath, error) {
+	opts.complete()
+	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}}
+	features, err := Probe()
+	if err != nil {
+		return nil, err
+	}
+	d.features = features
+	if d.pod, err = loadPodSpecs(); err != nil {
+		return nil, fmt.Errorf("read the pod programs: %w", err)
+	}
+	if err := d.prepare(); err != nil {
+		return nil, err
+	}
+	unlock, err := lock(opts.Dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := d.up(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *Datapath) up() error {
+	if err := d.openMaps(true); err != nil {
+		return err
+	}
+	programs, closeAll, err := d.loadNode()
+	if err != nil {
+		return err
+	}
+	defer closeAll()
+	for _, hook := range nodeHooks {
+		if err := d.attachNode(hook, programs[hook.name]); err != nil {
+			return err
+		}
+	}
+	return errors.Join(d.replacePods(), d.dropOrphanRules())
+}
+
+func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
+	specs, err := loadNodeSpecs()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the node programs: %w", err)
+	}
+	values := map[string]any{
+		"have_set_retval": d.features.SetRetval,
+		"have_mptcp_sock": d.features.MPTCPSock,
+		"handshake_share": d.opts.HandshakeShare,
+	}
+	programs := map[string]*ebpf.Program{}
+	var loaded []*ebpf.Collection
+	closeAll := func() {
+		for _, c := range loaded {
+			c.Close()
+		}
+	}
+	for _, spec := range []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt} {
+		c, err := d.load(spec, values)
+		if err != nil {
+			closeAll()
+			return nil, nil, fmt.Errorf("load the node programs: %w", err)
+		}
+		loaded = append(loaded, c)
+		for name, p := range c.Programs {
+			programs[name] = p
+		}
+	}
+	return programs, closeAll, nil
+}
+
+// attachNode replaces the program of a pinned link, or attaches and pins a new
+// one. A pinned link whose cgroup is gone, or is not the wanted one, is made
+// anew.
+func (d *Datapath) attachNode(hook nodeHook, prog *ebpf.Program) error {
+	dir := d.opts.Cgroup
+	if hook.sockopt {
+		dir = d.opts.SockoptCgroup
+	}
+	pin := d.nodePin(hook.name)
+	old, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		defer old.Close()
+		if d.onCgroup(old, dir) {
+			if err := old.Update(prog); err != nil {
+				return fmt.Errorf("replace %s: %w", hook.name, err)
+			}
+			return nil
+		}
+		if err := old.Unpin(); err != nil {
+			return fmt.Errorf("unpin %s: %w", pin, err)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("open %s: %w", pin, err)
+	}
+	l, err := attachCgroup(dir, hook.attach, prog)
+	if err != nil {
+		return fmt.Errorf("attach %s to %s: %w", hook.name, dir, err)
+	}
+	defer l.Close()
+	if err := l.Pin(pin); err != nil {
+		return fmt.Errorf("pin %s: %w", pin, err)
+	}
+	return nil
+}
+
+func attachCgroup(dir string, attach ebpf.AttachType, prog *ebpf.Program) (link.Link, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	opts := link.RawLinkOptions{Target: int(f.Fd()), Program: prog, Attach: attach, Flags: unix.BPF_F_PREORDER}
+	l, err := link.AttachRawLink(opts)
+	if errors.Is(err, unix.EINVAL) {
+		// Older kernels have no PREORDER: programs of child cgroups run first.
+		opts.Flags = 0
+		l, err = link.AttachRawLink(opts)
+	}
+	return l, err
+}
+
+// onCgroup says whether a link is attached to the cgroup of a directory.
+func (d *Datapath) onCgroup(l link.Link, dir string) bool {
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	cg := info.Cgroup()
+	var st unix.Stat_t
+	return cg != nil && unix.Stat(dir, &st) == nil && cg.CgroupId == st.Ino
+}
+
+// Down removes every link, map and pin below dir, of every layout, and reports
+// how many pods were enrolled. Without any of it, it does nothing.
+func Down(dir string) (pods int, err error) {
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	unlock, err := lock(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	pods, clsactErrs := removeAllPods(dir)
+	// Captures first: connect programs go before what completes a handshake.
+	for i := len(nodeHooks) - 1; i >= 0; i-- {
+		hook := nodeHooks[i]
+		pin := (&Datapath{opts: Options{Dir: dir}}).nodePin(hook.name)
+		if e := os.Remove(pin); e != nil && !errors.Is(e, os.ErrNotExist) {
+			err = errors.Join(err, fmt.Errorf("unpin %s: %w", pin, e))
+		}
+	}
+	if e := os.RemoveAll(dir); e != nil {
+		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
+	}
+	return pods, errors.Join(err, clsactErrs)
+}
+
+// Attached says which of the node's programs are attached, by name, and to
+// which cgroup ID.
+func (d *Datapath) Attached() map[string]uint64 {
+	out := map[string]uint64{}
+	for _, hook := range nodeHooks {
+		l, err := link.LoadPinnedLink(d.nodePin(hook.name), &ebpf.LoadPinOptions{ReadOnly: false})
+		if err != nil {
+			continue
+		}
+		if info, err := l.Info(); err == nil && info.Cgroup() != nil {
+			out[hook.name] = info.Cgroup().CgroupId
+		}
+		l.Close()
+	}
+	return out
+}
+
+func isNoDevice(err error) bool { return errors.Is(err, unix.ENODEV) }
+
+// isDetached: the link's target is gone.
+func isDetached(err error) bool { return errors.Is(err, unix.ENOLINK) }

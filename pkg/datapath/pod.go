@@ -1,0 +1,242 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/sluice-mesh/sluice/pkg/netns"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// Pod is what Enroll needs to know of a pod.
+type Pod struct {
+	Namespace, Name, UID string // for people; may be empty
+	Rules                rules.Rules
+	Inbound              Inbound
+	NoGuard              bool // leave the TC egress guard out
+}
+
+// Enrolment says what Enroll did.
+type Enrolment struct {
+	Cookie    uint64
+	Already   bool // it was enrolled before, and is now as asked
+	Listeners int  // sockets of the proxy that were open already
+	Before    int  // connections whose SYN was out already: they stay as they are
+	Inbound   Inbound
+	Notes     []string // what a person should know
+}
+
+// ErrNotReady is returned for a namespace that cannot be enrolled as it is.
+var ErrNotReady = errors.New("the network namespace is not ready")
+
+// Enroll captures the connections of a network namespace from now on. It is
+// idempotent: enrolling again changes rules and repairs what is missing. If it
+// fails, a namespace that was not enrolled is as it was.
+func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
+	if err := ns.RefuseHost(); err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s: %w; enroll a pod's namespace", ns.Path(), err)
+	}
+	normal, err := pod.Rules.Normalise()
+	if err != nil {
+		return Enrolment{}, err
+	}
+	pod.Rules = normal
+	if pod.Inbound == "" {
+		pod.Inbound = InboundSKLookup
+	}
+	network, err := ns.Inspect()
+	if err != nil {
+		return Enrolment{}, err
+	}
+	if err := ready(network); err != nil {
+		return Enrolment{}, err
+	}
+	unlock, err := lock(d.opts.Dir)
+	if err != nil {
+		return Enrolment{}, err
+	}
+	defer unlock()
+
+	var before connectPod
+	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
+	if err := d.enroll(ns, network, pod, &out); err != nil {
+		if !out.Already {
+			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
+		}
+		return Enrolment{}, err
+	}
+	if out.Already && before.RulesId != d.rulesIDOf(ns.Cookie()) {
+		err = d.dropRules(before.RulesId)
+	}
+	return out, err
+}
+
+// ready refuses namespaces in which nothing could be captured.
+func ready(n netns.Network) error {
+	for _, l := range n.Links {
+		if l.Lo && !l.Up {
+			return fmt.Errorf("%w: its lo interface is down, so the proxy cannot be reached; bring it up first (ip link set lo up)", ErrNotReady)
+		}
+	}
+	return nil
+}
+
+// enroll writes the maps first, the pod's entry last of them, then attaches the
+// pod's programs, then collects what was open before. The order lets nothing
+// escape: as soon as the entry is there, connect() is captured.
+func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) error {
+	cookie := ns.Cookie()
+	value, err := d.writeRules(pod.Rules)
+	if err != nil {
+		return err
+	}
+	value.Addr4, value.Addr6 = toAddr(network.Primary4), toAddr(network.Primary6)
+	if pod.Inbound == InboundTC {
+		value.Flags |= connectPodFlagsPOD_INBOUND_TC
+	}
+	if err := d.writeOwnAddrs(cookie, network.Addresses, out.Already); err != nil {
+		return err
+	}
+	if err := d.maps["handshake_use"].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return tableError("handshake_use", err)
+	}
+	if err := d.writeName(cookie, pod); err != nil {
+		return err
+	}
+	if err := d.maps["pods"].Put(cookie, value); err != nil {
+		return tableError("pods", err)
+	}
+	if out.Before, err = d.passOpenConnects(ns); err != nil {
+		return err
+	}
+	if err := d.attachPod(ns, network, pod); err != nil {
+		return err
+	}
+	return d.collectListeners(ns, pod, out)
+}
+
+// Unenroll stops capturing for a namespace, living (ns) or dead (ns nil), and
+// leaves nothing of it. One that is not enrolled is no error; found says
+// whether it was.
+func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err error) {
+	unlock, err := lock(d.opts.Dir)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	var value connectPod
+	found = d.maps["pods"].Lookup(cookie, &value) == nil
+	return found, d.unenroll(cookie, ns)
+}
+
+// unenroll takes the programs away first: while the pod's sk_lookup program is
+// attached, a pod that is not in the map is refused everything.
+func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
+	errs := d.detachPod(cookie, ns)
+	var value connectPod
+	known := d.maps["pods"].Lookup(cookie, &value) == nil
+	for _, name := range []string{"pods", "pod_names", "handshake_use"} {
+		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
+	}
+	errs = errors.Join(errs,
+		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie }),
+		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
+		d.deleteStats(cookie),
+	)
+	if known {
+		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
+	}
+	return errs
+}
+
+func (d *Datapath) deleteStats(cookie uint64) error {
+	var errs error
+	for reason := range connectReasonREASON_MAX {
+		errs = errors.Join(errs, deleteKey(d.maps["stats"], connectStatKey{Cookie: cookie, Reason: reason}))
+	}
+	return errs
+}
+
+func (d *Datapath) writeName(cookie uint64, pod Pod) error {
+	var v connectPodName
+	setText(v.Namespace[:], pod.Namespace)
+	setText(v.Name[:], pod.Name)
+	setText(v.Uid[:], pod.UID)
+	if err := d.maps["pod_names"].Put(cookie, v); err != nil {
+		return tableError("pod_names", err)
+	}
+	return nil
+}
+
+// writeOwnAddrs makes the pod's addresses exactly these.
+func (d *Datapath) writeOwnAddrs(cookie uint64, addrs []netip.Addr, already bool) error {
+	wanted := map[connectOwnAddrKey]bool{}
+	for _, a := range addrs {
+		key := connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}
+		wanted[key] = true
+		if err := d.maps["own_addrs"].Put(key, uint32(1)); err != nil {
+			return tableError("own_addrs", err)
+		}
+	}
+	if !already {
+		return nil
+	}
+	return deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie && !wanted[k] })
+}
+
+// tableError says which table is full, where that is it.
+func tableError(table string, err error) error {
+	if errors.Is(err, ErrTableFull) || isFull(err) {
+		return fmt.Errorf("%w: %s; un-enroll pods or give the node larger tables", ErrTableFull, table)
+	}
+	return fmt.Errorf("write %s: %w", table, err)
+}
+
+// deleteWhere removes the entries of a map whose key is chosen. It collects
+// first: deleting while iterating may skip entries or start over.
+func deleteWhere[K any](m *ebpf.Map, chosen func(K) bool) error {
+	keys, err := keysOf(m, chosen)
+	if err != nil {
+		return err
+	}
+	var errs error
+	for _, k := range keys {
+		errs = errors.Join(errs, deleteKey(m, k))
+	}
+	return errs
+}
+
+func deleteKey(m *ebpf.Map, key any) error {
+	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete from %s: %w", m, err)
+	}
+	return nil
+}
+
+func keysOf[K any](m *ebpf.Map, chosen func(K) bool) ([]K, error) {
+	for {
+		var keys []K
+		var key, next K
+		err := m.NextKey(nil, &key)
+		for err == nil {
+			if chosen(key) {
+				keys = append(keys, key)
+			}
+			if err = m.NextKey(key, &next); err == nil {
+				key = next
+			}
+			if len(keys) > int(m.MaxEntries())*2 {
+				break // entries came and went, and the kernel starts over: again
+			}
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return keys, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list %s: %w", m, err)
+		}
+	}
+}

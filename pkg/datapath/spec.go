@@ -1,0 +1,255 @@
+// Package datapath owns the BPF programs and maps: it probes, loads, pins,
+// attaches, enrols, replaces and removes. It is the only user of cilium/ebpf,
+// and it never decides what a pod's rules are.
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/rlimit"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/kernel"
+)
+
+// Layout is the version of maps and pins. Programs of one layout never meet the
+// maps of another.
+const Layout = "v1"
+
+// Options say where a datapath lives. The zero value of a size means its
+// default.
+type Options struct {
+	// Dir is a directory on a bpffs; everything is pinned below Dir/Layout.
+	Dir string
+	// Cgroup carries the connect, name, bind and sockops programs.
+	Cgroup string
+	// SockoptCgroup carries the getsockopt program, which costs every
+	// getsockopt of every process below it. Empty: Cgroup.
+	SockoptCgroup string
+	// Handshakes is the size of the map of that name; HandshakeShare is how
+	// many of them one pod may hold.
+	Handshakes, HandshakeShare uint32
+	Log                        logrus.FieldLogger
+}
+
+const (
+	defaultHandshakes = 65536
+	shareDivisor      = 4 // one pod may hold a quarter of the table
+)
+
+func (o *Options) complete() {
+	if o.SockoptCgroup == "" {
+		o.SockoptCgroup = o.Cgroup
+	}
+	if o.Handshakes == 0 {
+		o.Handshakes = defaultHandshakes
+	}
+	if o.HandshakeShare == 0 {
+		o.HandshakeShare = max(o.Handshakes/shareDivisor, 1)
+	}
+	if o.Log == nil {
+		log := logrus.New()
+		log.SetLevel(logrus.PanicLevel)
+		o.Log = log
+	}
+}
+
+// ErrNotUp is returned where no datapath is pinned.
+var ErrNotUp = errors.New("sluice is not up")
+
+// ErrLayout is returned for pinned maps that these programs cannot use.
+var ErrLayout = errors.New("the pinned maps are of another version")
+
+// Datapath is an open datapath: its maps, and the programs to load for pods.
+// Close releases this process's hold; what is pinned stays in force.
+type Datapath struct {
+	opts     Options
+	features Features
+	maps     map[string]*ebpf.Map
+	pod      podSpecs
+}
+
+// programs that the node carries, and those that each pod does
+type nodeSpecs struct{ connect, names, sockops, sockopt *ebpf.CollectionSpec }
+type podSpecs struct{ inbound, tc *ebpf.CollectionSpec }
+
+func loadNodeSpecs() (s nodeSpecs, err error) {
+	var errs [4]error
+	s.connect, errs[0] = loadConnect()
+	s.names, errs[1] = loadNames()
+	s.sockops, errs[2] = loadSockops()
+	s.sockopt, errs[3] = loadSockopt()
+	return s, errors.Join(errs[:]...)
+}
+
+func loadPodSpecs() (s podSpecs, err error) {
+	var errs [2]error
+	s.inbound, errs[0] = loadInbound()
+	s.tc, errs[1] = loadTc()
+	return s, errors.Join(errs[:]...)
+}
+
+// knobs sets the const volatile variables that a spec has.
+func knobs(spec *ebpf.CollectionSpec, values map[string]any) error {
+	for name, value := range values {
+		v := spec.Variables[name]
+		if v == nil {
+			continue
+		}
+		if err := v.Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (d *Datapath) mapsDir() string         { return filepath.Join(d.opts.Dir, Layout, "maps") }
+func (d *Datapath) linksDir() string        { return filepath.Join(d.opts.Dir, Layout, "links") }
+func (d *Datapath) nodePin(n string) string { return filepath.Join(d.linksDir(), "node", n) }
+func (d *Datapath) podDir(c uint64) string  { return filepath.Join(d.linksDir(), "pods", fmt.Sprint(c)) }
+
+// Open opens what is pinned below opts.Dir. ErrNotUp if nothing is.
+func Open(opts Options) (*Datapath, error) {
+	opts.complete()
+	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}}
+	if _, err := os.Stat(d.mapsDir()); errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w: nothing is pinned below %s; run \"sluicectl up\" first", ErrNotUp, opts.Dir)
+	}
+	if err := d.openMaps(false); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	var err error
+	if d.features, err = Probe(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	if d.pod, err = loadPodSpecs(); err != nil {
+		return nil, errors.Join(fmt.Errorf("read the pod programs: %w", err), d.Close())
+	}
+	return d, nil
+}
+
+// openMaps opens every pinned map, and creates and pins those that are missing
+// where create is true.
+func (d *Datapath) openMaps(create bool) error {
+	spec, err := loadConnect()
+	if err != nil {
+		return fmt.Errorf("read the map definitions: %w", err)
+	}
+	spec.Maps["handshakes"].MaxEntries = d.opts.Handshakes
+	for name, m := range spec.Maps {
+		if m.Type == ebpf.Array || name[0] == '.' {
+			continue // .rodata and the like belong to one program
+		}
+		pin := filepath.Join(d.mapsDir(), name)
+		opened, err := ebpf.LoadPinnedMap(pin, nil)
+		switch {
+		case err == nil:
+			if name == "handshakes" {
+				m.MaxEntries = opened.MaxEntries() // chosen at the first start
+			}
+			if err := m.Compatible(opened); err != nil {
+				return errors.Join(fmt.Errorf("%w: %s: %w; remove them with \"sluicectl down\"", ErrLayout, pin, err), opened.Close())
+			}
+		case errors.Is(err, os.ErrNotExist) && create:
+			if opened, err = createMap(m, pin); err != nil {
+				return err
+			}
+		case errors.Is(err, os.ErrNotExist):
+			return fmt.Errorf("%w completely: %s is missing; \"sluicectl up\" repairs it", ErrNotUp, pin)
+		default:
+			return fmt.Errorf("open %s: %w", pin, err)
+		}
+		d.maps[name] = opened
+	}
+	return nil
+}
+
+func createMap(spec *ebpf.MapSpec, pin string) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("create map %s: %w", spec.Name, err)
+	}
+	if err := m.Pin(pin); err != nil {
+		return nil, errors.Join(fmt.Errorf("pin map %s: %w", pin, err), m.Close())
+	}
+	return m, nil
+}
+
+// load loads one spec's programs with this datapath's maps.
+func (d *Datapath) load(spec *ebpf.CollectionSpec, values map[string]any) (*ebpf.Collection, error) {
+	if err := knobs(spec, values); err != nil {
+		return nil, err
+	}
+	replace := map[string]*ebpf.Map{}
+	for name := range spec.Maps {
+		if m, ok := d.maps[name]; ok {
+			replace[name] = m
+			spec.Maps[name].MaxEntries = m.MaxEntries()
+		}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
+	var refused *ebpf.VerifierError
+	if errors.As(err, &refused) {
+		return nil, fmt.Errorf("the kernel's verifier refuses a program: %+v", refused)
+	}
+	return c, err
+}
+
+// Close is idempotent.
+func (d *Datapath) Close() error {
+	var errs error
+	for name, m := range d.maps {
+		errs = errors.Join(errs, m.Close())
+		delete(d.maps, name)
+	}
+	return errs
+}
+
+// prepare checks privileges and directories before anything is made.
+func (d *Datapath) prepare() error {
+	if os.Geteuid() != 0 {
+		return errors.New("loading BPF programs needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN): run it as root")
+	}
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return fmt.Errorf("raise the limit of locked memory: %w", err)
+	}
+	for _, dir := range []string{d.opts.Cgroup, d.opts.SockoptCgroup} {
+		if err := kernel.IsCgroup2(dir); err != nil {
+			return err
+		}
+	}
+	parent := d.opts.Dir
+	for {
+		if _, err := os.Stat(parent); err == nil {
+			break
+		}
+		parent = filepath.Dir(parent)
+	}
+	if err := kernel.IsBPFFS(parent); err != nil {
+		return err
+	}
+	for _, dir := range []string{d.mapsDir(), filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// lock serialises changes of one datapath among processes, for as long as the
+// returned function is not called.
+func lock(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", dir, err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
+	}
+	return func() { f.Close() }, nil
+}

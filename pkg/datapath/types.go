@@ -1,0 +1,78 @@
+package datapath
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// Inbound is the way in which inbound connections are captured.
+type Inbound string
+
+// The ways. TC is sk_lookup and a TC program beside it, for listeners that no
+// socket hash can hold (MPTCP).
+const (
+	InboundSKLookup Inbound = "sk_lookup"
+	InboundTC       Inbound = "tc"
+)
+
+// ParseInbound reads a way by its name.
+func ParseInbound(text string) (Inbound, error) {
+	switch in := Inbound(text); in {
+	case InboundSKLookup, InboundTC:
+		return in, nil
+	}
+	return "", fmt.Errorf("%q is not a way to capture inbound connections: choose sk_lookup or tc", text)
+}
+
+// Reason is why a connection was captured, passed or stopped.
+type Reason = connectReason
+
+var reasonNames = [...]string{
+	"none", "captured-out", "captured-self", "captured-in",
+	"direct-proxy", "direct-port-out", "direct-cidr", "direct-local", "direct-proxy-source",
+	"direct-loopback", "direct-port-in", "left-to-kernel", "passed-before",
+	"refused-no-memory", "refused-table-full", "refused-no-handshake", "refused-no-listener",
+	"refused-no-pod", "refused-no-record", "guard-no-verdict", "guard-loopback",
+	"listener-not-mappable", "listener-slots-full",
+}
+
+// ReasonName is a reason as people read it.
+func ReasonName(r Reason) string {
+	if int(r) < len(reasonNames) {
+		return reasonNames[r]
+	}
+	return fmt.Sprintf("reason-%d", r)
+}
+
+func toAddr(a netip.Addr) (out connectAddr) {
+	if a.IsValid() {
+		out.B = a.As16()
+	}
+	return out
+}
+
+func fromAddr(b [16]byte) netip.Addr {
+	a := netip.AddrFrom16(b).Unmap()
+	if a == netip.IPv6Unspecified() {
+		return netip.Addr{}
+	}
+	return a
+}
+
+func text(b []int8) string {
+	var s strings.Builder
+	for _, c := range b {
+		if c == 0 {
+			break
+		}
+		s.WriteByte(byte(c))
+	}
+	return s.String()
+}
+
+func setText(to []int8, from string) {
+	for i := 0; i < len(from) && i < len(to)-1; i++ {
+		to[i] = int8(from[i])
+	}
+}

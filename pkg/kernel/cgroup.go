@@ -1,0 +1,83 @@
+// Package kernel finds what Sluice stands on: the true root of cgroup2 and a
+// real bpffs. It judges by what the kernel says of a directory, never by its
+// path.
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoCgroup2 is returned where the root of cgroup2 cannot be seen.
+var ErrNoCgroup2 = errors.New("the root of cgroup2 is not visible here")
+
+// CgroupRoot returns the directory of the true root of cgroup2. Inside a
+// container a cgroup2 mount shows the container's own cgroup as "/": a program
+// attached there sees nobody, and says nothing. Only the true root has inode
+// number 1 and no cgroup.type file.
+func CgroupRoot() (string, error) {
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+	if err != nil {
+		return "", fmt.Errorf("read the mount table: %w", err)
+	}
+	var seen []string
+	for _, m := range mounts {
+		if IsCgroupRoot(m.Mountpoint) {
+			return m.Mountpoint, nil
+		}
+		seen = append(seen, m.Mountpoint)
+	}
+	if len(seen) == 0 {
+		return "", fmt.Errorf("%w: no cgroup2 is mounted. Mount it (mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified) or give a directory of it with --cgroup", ErrNoCgroup2)
+	}
+	return "", fmt.Errorf("%w: %s shows only the cgroup of this container or cgroup namespace, and programs attached there would see no other process. Run on the machine itself, or mount the host's /sys/fs/cgroup and give it with --cgroup", ErrNoCgroup2, strings.Join(seen, " and "))
+}
+
+// IsCgroupRoot says whether dir is the true root of cgroup2.
+func IsCgroupRoot(dir string) bool {
+	var st unix.Stat_t
+	if IsCgroup2(dir) != nil || unix.Stat(dir, &st) != nil || st.Ino != 1 {
+		return false
+	}
+	_, err := os.Stat(filepath.Join(dir, "cgroup.type"))
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// IsCgroup2 returns nil if dir is a directory of a cgroup2 file system, else a
+// sentence.
+func IsCgroup2(dir string) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("cgroup directory %s: %w", dir, err)
+	}
+	if fs.Type != unix.CGROUP2_SUPER_MAGIC {
+		return fmt.Errorf("%s is not a cgroup2 directory: give one below a cgroup2 mount (\"mount -t cgroup2\" lists them)", dir)
+	}
+	return nil
+}
+
+// IsBPFFS returns nil if dir is on a bpffs, else a sentence.
+func IsBPFFS(dir string) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("bpffs directory %s: %w", dir, err)
+	}
+	if uint32(fs.Type) != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf %s) or give another directory with --bpffs", dir, dir)
+	}
+	return nil
+}
+
+// MountBPFFS mounts a bpffs on dir, which must exist.
+func MountBPFFS(dir string) error {
+	if err := unix.Mount("bpf", dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mount a bpffs on %s: %w", dir, err)
+	}
+	return nil
+}

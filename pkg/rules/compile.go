@@ -1,0 +1,111 @@
+package rules
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Verdict of a compiled port or prefix.
+type Verdict uint32
+
+// The verdicts, with the values that the programs read.
+const (
+	Direct  Verdict = 1
+	Capture Verdict = 2
+)
+
+// Exemption of a proxy identity.
+type Exemption uint32
+
+// The exemptions, with the values that the programs read.
+const (
+	Exempt     Exemption = 1 // its traffic is direct
+	ExemptSelf Exemption = 2 // the same, and its calls to its own pod go to the inbound port
+)
+
+// Compiled is a rule set as the kernel looks it up: one lookup per question,
+// whatever the number of rules.
+type Compiled struct {
+	UIDs, GIDs        map[uint32]Exemption
+	OutPorts, InPorts map[uint16]Verdict
+	CIDRs             map[netip.Prefix]Verdict // one longest-prefix match decides
+	OutDefaultCapture bool                     // verdict of an address that no prefix holds
+	InDefaultCapture  bool                     // verdict of a port that InPorts does not hold
+	LocalCapturable   bool                     // an include range is itself loopback
+}
+
+// Compile turns normalised rules into what the kernel looks up.
+func (r Rules) Compile() Compiled {
+	c := Compiled{
+		UIDs:              map[uint32]Exemption{},
+		GIDs:              map[uint32]Exemption{},
+		OutPorts:          map[uint16]Verdict{},
+		InPorts:           map[uint16]Verdict{},
+		OutDefaultCapture: r.IncludeOutboundCIDRs.All,
+		InDefaultCapture:  r.IncludeInboundPorts.All,
+		LocalCapturable:   slices.ContainsFunc(r.IncludeOutboundCIDRs.List, isLoopback),
+	}
+	c.identities(r)
+	for _, port := range r.ExcludeOutboundPorts {
+		c.OutPorts[port] = Direct
+	}
+	for _, port := range r.ExcludeInboundPorts {
+		c.InPorts[port] = Direct
+	}
+	for _, port := range r.IncludeInboundPorts.List {
+		c.InPorts[port] = Capture
+	}
+	c.CIDRs = compileCIDRs(r.IncludeOutboundCIDRs.List, r.ExcludeOutboundCIDRs)
+	return c
+}
+
+// identities reproduces what several UIDs and GIDs do together in Istio's
+// chain: the lines of the first identity return every other caller's local
+// traffic, so that only the first one's self-calls are ever captured. Where
+// that return is left out (LocalCapturable), each one's are.
+func (c *Compiled) identities(r Rules) {
+	first := true
+	exemption := func() Exemption {
+		if first || c.LocalCapturable {
+			first = false
+			return ExemptSelf
+		}
+		return Exempt
+	}
+	for _, uid := range r.ProxyUIDs {
+		c.UIDs[uid] = exemption()
+	}
+	for _, gid := range r.ProxyGIDs {
+		c.GIDs[gid] = exemption()
+	}
+}
+
+// compileCIDRs folds "an exclude beats every include, whatever the prefix
+// lengths" into each prefix: an include inside an exclude is direct.
+func compileCIDRs(include, exclude []netip.Prefix) map[netip.Prefix]Verdict {
+	out := make(map[netip.Prefix]Verdict, len(include)+len(exclude))
+	excluded := make(map[netip.Prefix]bool, len(exclude))
+	for _, p := range exclude {
+		out[p] = Direct
+		excluded[p] = true
+	}
+	for _, p := range include {
+		out[p] = Capture
+		// Walk up: at most 129 steps, so that thousands of ranges stay cheap.
+		for bits := p.Bits(); bits >= 0; bits-- {
+			wider := netip.PrefixFrom(p.Addr(), bits).Masked()
+			if excluded[wider] {
+				out[p] = Direct
+				break
+			}
+		}
+	}
+	return out
+}
+
+func isLoopback(p netip.Prefix) bool {
+	if p.Addr().Is4() {
+		return p.Bits() >= 8 && p.Addr().As4()[0] == 127
+	}
+	return p == netip.PrefixFrom(netip.IPv6Loopback(), 128)
+}

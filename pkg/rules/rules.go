@@ -1,0 +1,201 @@
+// Package rules owns what a pod's redirection is: ports, address ranges and the
+// proxy's identity. It parses, validates and normalises them; it knows neither
+// Kubernetes nor the kernel, and refuses anything it would have to guess about.
+package rules
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Defaults of Istio's sidecar, from its istio-cni plugin.
+const (
+	DefaultOutboundPort = 15001
+	DefaultInboundPort  = 15006
+	DefaultProxyID      = 1337
+)
+
+// AlwaysExcludedInbound are Istio's telemetry and health ports, which are never
+// captured while inbound capture means "all but".
+var alwaysExcludedInbound = []uint16{15020, 15021, 15090}
+
+// Ports is a set of ports, or all of them.
+type Ports struct {
+	All  bool     `json:"all,omitempty"`
+	List []uint16 `json:"list,omitempty"`
+}
+
+// CIDRs is a set of prefixes, or every address.
+type CIDRs struct {
+	All  bool           `json:"all,omitempty"`
+	List []netip.Prefix `json:"list,omitempty"`
+}
+
+// Rules says which connections of a pod go to its proxy. The fields mean what
+// Istio's annotations of the same names mean.
+type Rules struct {
+	// ProxyUIDs and ProxyGIDs identify the proxy, as the initial user
+	// namespace sees them. Their order matters as in Istio: the first UID (or,
+	// without UIDs, the first GID) is the one whose calls to its own pod come
+	// back through the inbound port.
+	ProxyUIDs []uint32 `json:"proxyUIDs"`
+	ProxyGIDs []uint32 `json:"proxyGIDs"`
+
+	OutboundPort uint16 `json:"outboundPort"`
+	InboundPort  uint16 `json:"inboundPort"`
+
+	IncludeInboundPorts  Ports    `json:"includeInboundPorts"`
+	ExcludeInboundPorts  []uint16 `json:"excludeInboundPorts"` // without effect unless IncludeInboundPorts.All
+	ExcludeOutboundPorts []uint16 `json:"excludeOutboundPorts"`
+
+	IncludeOutboundCIDRs CIDRs          `json:"includeOutboundCIDRs"`
+	ExcludeOutboundCIDRs []netip.Prefix `json:"excludeOutboundCIDRs"`
+}
+
+// Default returns the rules of a pod without annotations.
+func Default() Rules {
+	return Rules{
+		ProxyUIDs:            []uint32{DefaultProxyID},
+		ProxyGIDs:            []uint32{DefaultProxyID},
+		OutboundPort:         DefaultOutboundPort,
+		InboundPort:          DefaultInboundPort,
+		IncludeInboundPorts:  Ports{All: true},
+		IncludeOutboundCIDRs: CIDRs{All: true},
+	}
+}
+
+// Normalise checks the rules and returns them in canonical form, in which equal
+// rules are deeply equal: lists sorted and unique, prefixes masked, inbound
+// excludes completed with Istio's own ports or dropped where they mean nothing.
+func (r Rules) Normalise() (Rules, error) {
+	if r.OutboundPort == 0 || r.InboundPort == 0 {
+		return Rules{}, fmt.Errorf("the proxy's ports must be 1 to 65535, not %d and %d", r.OutboundPort, r.InboundPort)
+	}
+	if r.OutboundPort == r.InboundPort {
+		return Rules{}, fmt.Errorf("the proxy's outbound and inbound ports must differ, both are %d", r.OutboundPort)
+	}
+	if len(r.ProxyUIDs)+len(r.ProxyGIDs) == 0 {
+		return Rules{}, fmt.Errorf("the proxy needs a UID or a GID: without one its own traffic would be sent back to it")
+	}
+	r.ProxyUIDs = uniqueInOrder(r.ProxyUIDs)
+	r.ProxyGIDs = uniqueInOrder(r.ProxyGIDs)
+	if r.IncludeInboundPorts.All {
+		r.IncludeInboundPorts.List = nil
+		r.ExcludeInboundPorts = sortedPorts(append(slices.Clone(alwaysExcludedInbound), r.ExcludeInboundPorts...))
+	} else {
+		r.IncludeInboundPorts.List = sortedPorts(r.IncludeInboundPorts.List)
+		r.ExcludeInboundPorts = nil
+	}
+	r.ExcludeOutboundPorts = sortedPorts(r.ExcludeOutboundPorts)
+	if r.IncludeOutboundCIDRs.All {
+		r.IncludeOutboundCIDRs.List = nil
+	}
+	r.IncludeOutboundCIDRs.List = sortedPrefixes(r.IncludeOutboundCIDRs.List)
+	r.ExcludeOutboundCIDRs = sortedPrefixes(r.ExcludeOutboundCIDRs)
+	return r, nil
+}
+
+// Digest names normalised rules: equal rules have equal digests.
+func (r Rules) Digest() [32]byte {
+	text, err := json.Marshal(r)
+	if err != nil { // only for types json cannot hold, of which Rules has none
+		panic(err)
+	}
+	return sha256.Sum256(text)
+}
+
+// ParsePorts reads a comma-separated list of ports (0 to 65535, no ranges), as
+// Istio's annotations hold it. "*" means all where star is true.
+func ParsePorts(text string, star bool) (Ports, error) {
+	text = strings.TrimSpace(text)
+	if text == "*" {
+		if !star {
+			return Ports{}, fmt.Errorf(`"*" is not allowed here: give ports, separated by commas`)
+		}
+		return Ports{All: true}, nil
+	}
+	var out Ports
+	if text == "" {
+		return out, nil
+	}
+	for item := range strings.SplitSeq(text, ",") {
+		item = strings.TrimSpace(item)
+		port, err := strconv.ParseUint(item, 10, 16)
+		if err != nil {
+			return Ports{}, fmt.Errorf("%q is not a port: give numbers from 0 to 65535, separated by commas, no ranges", item)
+		}
+		out.List = append(out.List, uint16(port))
+	}
+	return out, nil
+}
+
+// ParseCIDRs reads a comma-separated list of prefixes. "*" means every address
+// where star is true.
+func ParseCIDRs(text string, star bool) (CIDRs, error) {
+	if text == "*" {
+		if !star {
+			return CIDRs{}, fmt.Errorf(`"*" is not allowed here: give address ranges such as 10.0.0.0/8, separated by commas`)
+		}
+		return CIDRs{All: true}, nil
+	}
+	var out CIDRs
+	if text == "" {
+		return out, nil
+	}
+	for item := range strings.SplitSeq(text, ",") {
+		prefix, err := netip.ParsePrefix(item)
+		if err != nil || prefix.Addr().Is4In6() {
+			return CIDRs{}, fmt.Errorf("%q is not an address range: write it as 10.0.0.0/8 or 2001:db8::/32, separated by commas without spaces", item)
+		}
+		out.List = append(out.List, prefix)
+	}
+	return out, nil
+}
+
+// ParseID reads a UID or GID. 4294967295 is no ID (it means "unchanged").
+func ParseID(text string) (uint32, error) {
+	id, err := strconv.ParseUint(text, 10, 32)
+	if err != nil || id == 1<<32-1 {
+		return 0, fmt.Errorf("%q is not a user or group ID: give a number from 0 to 4294967294", text)
+	}
+	return uint32(id), nil
+}
+
+func uniqueInOrder(ids []uint32) []uint32 {
+	var out []uint32
+	for _, id := range ids {
+		if !slices.Contains(out, id) {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+func sortedPorts(ports []uint16) []uint16 {
+	if len(ports) == 0 {
+		return nil
+	}
+	ports = slices.Clone(ports)
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}
+
+func sortedPrefixes(prefixes []netip.Prefix) []netip.Prefix {
+	if len(prefixes) == 0 {
+		return nil
+	}
+	out := make([]netip.Prefix, 0, len(prefixes))
+	for _, p := range prefixes {
+		out = append(out, p.Masked())
+	}
+	slices.SortFunc(out, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	return slices.Compact(out)
+}
