@@ -95,6 +95,12 @@ static __always_inline bool addr_is_proxy_source(const struct addr *a)
 	return addr_is6_low(a, 6);
 }
 
+/* fe80::/10: reachable without any global address. */
+static __always_inline bool addr_is_link_local6(const struct addr *a)
+{
+	return (bpf_ntohl(addr_word(a, 0)) & 0xffc00000) == 0xfe800000;
+}
+
 /* TCP connects to unicast only; the kernel has its own errors for the rest. */
 static __always_inline bool addr_is_unicast(const struct addr *a)
 {

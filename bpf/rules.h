@@ -75,7 +75,8 @@ static __always_inline enum reason decide_out(__u64 cookie, const struct pod *po
 
 	if (!addr_is_unicast(dst))
 		return LEFT_TO_KERNEL;
-	if (!local && addr_is_any(addr_is4(dst) ? &pod->addr4 : &pod->addr6))
+	if (!local && addr_is_any(addr_is4(dst) ? &pod->addr4 : &pod->addr6) &&
+	    !addr_is_link_local6(dst))
 		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
 	if (port_rule(pod->rules_id, DIR_OUT, port) == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */

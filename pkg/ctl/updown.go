@@ -57,12 +57,18 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	if err := ensureBPFFS(c.dir); err != nil {
 		return err
 	}
+	_, statErr := os.Stat(c.dir)
 	d, err := datapath.Up(opts)
-	if err != nil {
-		return errors.Join(err, dropMount(c.dir))
+	if err == nil {
+		defer d.Close()
+		err = prove(d, opts.Cgroup)
 	}
-	defer d.Close()
-	if err := c.prove(opts); err != nil {
+	if err != nil && errors.Is(statErr, os.ErrNotExist) {
+		// It was not up before: leave nothing half-made.
+		_, undo := datapath.Down(c.dir)
+		return errors.Join(err, undo, dropMount(c.dir))
+	}
+	if err != nil {
 		return err
 	}
 	pods, err := d.Pods()
@@ -71,6 +77,19 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	}
 	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %d pods enrolled.\n", opts.Cgroup, c.dir, len(pods))
 	return nil
+}
+
+// prove shows that the programs see this process, unless it is outside their
+// cgroup.
+func prove(d *datapath.Datapath, cgroup string) error {
+	if !kernel.IsInside(cgroup) {
+		return nil
+	}
+	err := d.Prove()
+	if errors.Is(err, datapath.ErrUnproven) {
+		return fmt.Errorf("%w; pods would escape the mesh. See whether other programs on %s replace ours (bpftool cgroup show %s)", err, cgroup, cgroup)
+	}
+	return err
 }
 
 // ensureBPFFS mounts a bpffs at its usual place where there is none. Anywhere
@@ -131,7 +150,7 @@ direct. Where nothing is left to remove it says so and succeeds.`,
 				cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
 				return nil
 			}
-			cmd.Printf("Sluice is down: nothing is left below %s; %d pods were enrolled and now go direct.\n", c.dir, pods)
+			cmd.Printf("Sluice is down: nothing is left below %s. %d pods were enrolled; their connections now go direct.\n", c.dir, pods)
 			return nil
 		},
 	}

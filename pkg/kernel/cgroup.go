@@ -49,6 +49,31 @@ func IsCgroupRoot(dir string) bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
+// IsInside says whether this process is in dir or below it. False may mean that
+// it cannot be told (in a cgroup namespace of its own, for one).
+func IsInside(dir string) bool {
+	if IsCgroupRoot(dir) {
+		return true // everybody is
+	}
+	text, err := os.ReadFile("/proc/self/cgroup")
+	root, rootErr := CgroupRoot()
+	var want unix.Stat_t
+	if err != nil || rootErr != nil || unix.Stat(dir, &want) != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		for ok && path != "/" && path != "." {
+			var st unix.Stat_t
+			if unix.Stat(filepath.Join(root, path), &st) == nil && st.Ino == want.Ino {
+				return true
+			}
+			path = filepath.Dir(path)
+		}
+	}
+	return false
+}
+
 // IsCgroup2 returns nil if dir is a directory of a cgroup2 file system, else a
 // sentence.
 func IsCgroup2(dir string) error {

@@ -21,8 +21,9 @@ type Link struct {
 type Network struct {
 	Links     []Link
 	Addresses []netip.Addr // all but multicast, link-local included, without zone
-	Primary4  netip.Addr   // the first global address of a family; zero if none
-	Primary6  netip.Addr
+	// Primary4 and Primary6 are the first global address of a family, or one on
+	// lo or (IPv4) a link-local one if there is no other; zero if none.
+	Primary4, Primary6 netip.Addr
 }
 
 // Inspect reads interfaces and addresses.
@@ -48,6 +49,7 @@ func (n *NetNS) Inspect() (Network, error) {
 	if err != nil {
 		return Network{}, fmt.Errorf("list the addresses of %s: %w", n.path, err)
 	}
+	var other Network
 	for _, a := range addrs {
 		addr, ok := netip.AddrFromSlice(a.IP)
 		if !ok {
@@ -55,17 +57,32 @@ func (n *NetNS) Inspect() (Network, error) {
 		}
 		addr = addr.Unmap()
 		out.Addresses = append(out.Addresses, addr)
-		if names[a.LinkIndex].Lo || addr.IsLoopback() || addr.IsLinkLocalUnicast() || a.Scope != int(netlink.SCOPE_UNIVERSE) {
-			continue
-		}
-		if addr.Is4() && !out.Primary4.IsValid() {
-			out.Primary4 = addr
-		}
-		if addr.Is6() && !out.Primary6.IsValid() {
-			out.Primary6 = addr
+		switch global := isGlobal(addr); {
+		case global && !names[a.LinkIndex].Lo && a.Scope == int(netlink.SCOPE_UNIVERSE):
+			out.addPrimary(addr)
+		case global || addr.Is4() && addr.IsLinkLocalUnicast():
+			other.addPrimary(addr)
 		}
 	}
+	out.addPrimary(other.Primary4)
+	out.addPrimary(other.Primary6)
 	return out, nil
+}
+
+func (n *Network) addPrimary(a netip.Addr) {
+	if a.Is4() && !n.Primary4.IsValid() {
+		n.Primary4 = a
+	}
+	if a.Is6() && !n.Primary6.IsValid() {
+		n.Primary6 = a
+	}
+}
+
+// isGlobal: others can reach it. ::/96 holds ::1 and ::6, which Istio adds to lo
+// for the proxy to call the app from.
+func isGlobal(a netip.Addr) bool {
+	compatible := netip.MustParsePrefix("::/96")
+	return !a.IsLoopback() && !a.IsLinkLocalUnicast() && !compatible.Contains(a)
 }
 
 // Netlink opens a route netlink handle in the namespace. Close it.

@@ -50,6 +50,59 @@ func Open(pathOrName string) (*NetNS, error) {
 	return n, nil
 }
 
+// New makes a network namespace that lives until Close, with lo up.
+func New() (*NetNS, error) {
+	type result struct {
+		ns  *NetNS
+		err error
+	}
+	made := make(chan result, 1)
+	var onNewThread func()
+	onNewThread = func() { // in the new namespace for good: the thread ends with us
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread cannot end, and /proc/PID shows it: leave it be.
+			defer runtime.UnlockOSThread()
+			done := make(chan struct{})
+			go func() { defer close(done); onNewThread() }()
+			<-done
+			return
+		}
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			made <- result{nil, fmt.Errorf("make a network namespace: %w", err)}
+			return
+		}
+		ns, err := Open("/proc/thread-self/ns/net")
+		made <- result{ns, err}
+	}
+	go onNewThread()
+	r := <-made
+	if r.err != nil {
+		return nil, r.err
+	}
+	r.ns.path = "a throw-away namespace"
+	if err := r.ns.loUp(); err != nil {
+		return nil, errors.Join(err, r.ns.Close())
+	}
+	return r.ns, nil
+}
+
+func (n *NetNS) loUp() error {
+	handle, err := n.Netlink()
+	if err != nil {
+		return err
+	}
+	defer handle.Close()
+	lo, err := handle.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := handle.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	return nil
+}
+
 func (n *NetNS) identify() error {
 	kind, err := unix.IoctlRetInt(int(n.file.Fd()), nsGetNstype)
 	if err != nil || kind != unix.CLONE_NEWNET {
@@ -85,7 +138,7 @@ func (n *NetNS) RefuseHost() error {
 	var st unix.Stat_t
 	err := unix.Stat("/proc/1/ns/net", &st)
 	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
-		err = unix.Stat("/proc/self/ns/net", &st)
+		err = unix.Stat("/proc/thread-self/ns/net", &st)
 	}
 	if err != nil {
 		return fmt.Errorf("find the machine's own network namespace: %w", err)

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -49,33 +48,12 @@ type NS struct {
 func NewNS(t testing.TB, name string) *NS {
 	t.Helper()
 	needWorld(t)
-	ready := make(chan error, 1)
-	var file *os.File
-	go func() { // the thread is in the new namespace for good: let it die
-		runtime.LockOSThread()
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			file, err = os.Open("/proc/thread-self/ns/net")
-		}
-		ready <- err
-	}()
-	if err := <-ready; err != nil {
-		t.Fatal("make a network namespace:", err)
-	}
-	ns, err := netns.Open(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
-	if err := errors.Join(err, file.Close()); err != nil {
+	ns, err := netns.New()
+	if err != nil {
 		t.Fatal(err)
 	}
-	n := &NS{NetNS: ns, Name: name, t: t}
 	t.Cleanup(func() { ns.Close() })
-	n.Netlink(func(h *netlink.Handle) error {
-		lo, err := h.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return h.LinkSetUp(lo)
-	})
-	return n
+	return &NS{NetNS: ns, Name: name, t: t}
 }
 
 // Netlink runs fn with a handle in the namespace.
