@@ -44,22 +44,22 @@ static __always_inline bool try_listener(struct bpf_sk_lookup *ctx, struct liste
 
 /* The proxy's listener on a port, in whichever slot a usable one is. An IPv4
  * connection may go to an AF_INET6 listener; the kernel knows which are V6ONLY.
+ *
+ * Not inlined: clang then lays the loop out so that nothing falls through into
+ * its head, which kernels before 6.4 take for an endless loop ("back-edge").
  */
-static __always_inline bool assign_proxy(struct bpf_sk_lookup *ctx, __u16 port)
+static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u16 port)
 {
 	struct listener_key key = { .cookie = netns_cookie, .port = port };
 	int i;
 
 	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
 		key.slot = i;
-		key.family = AF_INET6;
-		if (ctx->family == AF_INET) {
-			key.family = AF_INET;
-			if (try_listener(ctx, &key))
-				return true;
-			key.family = AF_INET6;
-		}
+		key.family = ctx->family;
 		if (try_listener(ctx, &key))
+			return true;
+		key.family = AF_INET6;
+		if (ctx->family == AF_INET && try_listener(ctx, &key))
 			return true;
 	}
 	return false;
