@@ -58,6 +58,7 @@ enum pod_flags {
 	POD_IN_DEFAULT_CAPTURE = 1 << 3, /* includeInboundPorts is "*" */
 	POD_LOCAL_CAPTURABLE = 1 << 4, /* an include CIDR is itself loopback: no O4 */
 	POD_INBOUND_TC = 1 << 5, /* the TC ingress program is attached as well */
+	POD_GUARD = 1 << 6, /* the TC egress guard is attached */
 };
 
 /* pods: netns cookie -> pod */

@@ -113,7 +113,8 @@ static __always_inline void on_client_syn(struct bpf_sock_ops *ctx)
 			return;
 	}
 	if (!add_handshake(&key, rec)) {
-		count(key.cookie, REFUSED_TABLE_FULL);
+		if (bpf_map_lookup_elem(&pods, &key.cookie)) /* not un-enrolled just now */
+			count(key.cookie, REFUSED_TABLE_FULL);
 		return; /* sk_lookup refuses the SYN */
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);

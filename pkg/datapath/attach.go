@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -64,15 +63,10 @@ func (d *Datapath) loadPod(cookie uint64, tcNames ...string) (podPrograms, error
 }
 
 // attachPod attaches what the pod should have and is not attached yet, replaces
-// what is, and detaches what it should not have.
-func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, pod Pod) error {
-	var tcNames []string
-	if !pod.NoGuard {
-		tcNames = append(tcNames, progGuard)
-	}
-	if pod.Inbound == InboundTC {
-		tcNames = append(tcNames, progTCInbound)
-	}
+// what is, and detaches what it should not have. The inbound program comes
+// last: where its pin is, the pod is complete.
+func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags connectPodFlags) error {
+	tcNames := tcProgramNames(flags)
 	programs, err := d.loadPod(ns.Cookie(), tcNames...)
 	if err != nil {
 		return err
@@ -83,12 +77,6 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, pod Pod) er
 		return fmt.Errorf("make %s: %w", dir, err)
 	}
 	wanted := map[string]bool{progInbound: true}
-	attachInbound := func() (link.Link, error) {
-		return link.AttachNetNs(ns.Fd(), programs.inbound.Programs[progInbound])
-	}
-	if err := replaceOrPin(filepath.Join(dir, progInbound), programs.inbound.Programs[progInbound], attachInbound); err != nil {
-		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
-	}
 	for _, l := range network.Links {
 		if l.Lo {
 			continue
@@ -100,7 +88,25 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, pod Pod) er
 			}
 		}
 	}
+	attachInbound := func() (link.Link, error) {
+		return link.AttachNetNs(ns.Fd(), programs.inbound.Programs[progInbound])
+	}
+	if err := replaceOrPin(filepath.Join(dir, progInbound), programs.inbound.Programs[progInbound], attachInbound); err != nil {
+		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
+	}
 	return d.detachExcept(dir, wanted, ns)
+}
+
+// tcProgramNames are the TC programs that a pod with these flags has.
+func tcProgramNames(flags connectPodFlags) []string {
+	var names []string
+	if flags&connectPodFlagsPOD_GUARD != 0 {
+		names = append(names, progGuard)
+	}
+	if flags&connectPodFlagsPOD_INBOUND_TC != 0 {
+		names = append(names, progTCInbound)
+	}
+	return names
 }
 
 func tcPin(name string, ifindex int) string { return name + "_" + strconv.Itoa(ifindex) }
@@ -176,76 +182,4 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}
 	return err
-}
-
-// replacePods loads the pod programs anew for every enrolled pod and replaces
-// them in place. Clsact filters are replaced when the pod is enrolled again.
-func (d *Datapath) replacePods() error {
-	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
-	if err != nil {
-		return fmt.Errorf("list the pods' links: %w", err)
-	}
-	var errs error
-	for _, e := range entries {
-		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
-		if err != nil {
-			continue
-		}
-		if err := d.replacePod(cookie); err != nil {
-			errs = errors.Join(errs, fmt.Errorf("replace the programs of pod %d: %w", cookie, err))
-		}
-	}
-	return errs
-}
-
-func (d *Datapath) replacePod(cookie uint64) error {
-	dir := d.podDir(cookie)
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	names := map[string]bool{}
-	for _, e := range entries {
-		name, _ := splitTCPin(e.Name())
-		names[name] = true
-	}
-	var tcNames []string
-	for _, name := range []string{progGuard, progTCInbound} {
-		if names[name] {
-			tcNames = append(tcNames, name)
-		}
-	}
-	programs, err := d.loadPod(cookie, tcNames...)
-	if err != nil {
-		return err
-	}
-	defer programs.Close()
-	for _, e := range entries {
-		prog := programs.inbound.Programs[progInbound]
-		if name, ok := splitTCPin(e.Name()); ok {
-			prog = programs.tc.Programs[name]
-		}
-		l, err := link.LoadPinnedLink(filepath.Join(dir, e.Name()), nil)
-		if err != nil {
-			return err
-		}
-		err = l.Update(prog)
-		l.Close()
-		if err != nil && !errors.Is(err, os.ErrClosed) && !isDetached(err) {
-			return err
-		}
-	}
-	return nil
-}
-
-// splitTCPin returns the program's name of a pin such as guard_2.
-func splitTCPin(pin string) (name string, ok bool) {
-	i := strings.LastIndexByte(pin, '_')
-	if i < 0 {
-		return pin, false
-	}
-	if _, err := strconv.Atoi(pin[i+1:]); err != nil {
-		return pin, false
-	}
-	return pin[:i], true
 }

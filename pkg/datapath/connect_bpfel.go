@@ -98,6 +98,7 @@ const (
 	connectPodFlagsPOD_IN_DEFAULT_CAPTURE  connectPodFlags = 8
 	connectPodFlagsPOD_LOCAL_CAPTURABLE    connectPodFlags = 16
 	connectPodFlagsPOD_INBOUND_TC          connectPodFlags = 32
+	connectPodFlagsPOD_GUARD               connectPodFlags = 64
 )
 
 type connectPodName struct {

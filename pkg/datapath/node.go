@@ -75,7 +75,7 @@ func (d *Datapath) up() error {
 			return err
 		}
 	}
-	return errors.Join(d.replacePods(), d.dropOrphanRules())
+	return d.repairPods()
 }
 
 func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {

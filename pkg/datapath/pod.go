@@ -97,6 +97,9 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if pod.Inbound == InboundTC {
 		value.Flags |= connectPodFlagsPOD_INBOUND_TC
 	}
+	if !pod.NoGuard {
+		value.Flags |= connectPodFlagsPOD_GUARD
+	}
 	if err := d.writeOwnAddrs(cookie, network.Addresses, out.Already); err != nil {
 		return err
 	}
@@ -112,7 +115,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if out.Before, err = d.passOpenConnects(ns); err != nil {
 		return err
 	}
-	if err := d.attachPod(ns, network, pod); err != nil {
+	if err := d.attachPod(ns, network, value.Flags); err != nil {
 		return err
 	}
 	return d.collectListeners(ns, pod, out)

@@ -147,22 +147,6 @@ func (d *Datapath) clearRules(id uint32) error {
 	)
 }
 
-// dropOrphanRules removes entries of rule sets that were never finished, and
-// rule sets that no pod uses.
-func (d *Datapath) dropOrphanRules() error {
-	used := map[uint32]bool{}
-	if err := eachPod(d.maps["pods"], func(_ uint64, p connectPod) { used[p.RulesId] = true }); err != nil {
-		return err
-	}
-	return errors.Join(
-		deleteWhere(d.maps["rule_sets"], func(id uint32) bool { return !used[id] }),
-		deleteWhere(d.maps["proxy_ids"], func(k connectProxyIdKey) bool { return !used[k.RulesId] }),
-		deleteWhere(d.maps["port_rules"], func(k connectPortRuleKey) bool { return !used[k.RulesId] }),
-		deleteWhere(d.maps["cidr_rules4"], func(k connectCidr4Key) bool { return !used[k.RulesId] }),
-		deleteWhere(d.maps["cidr_rules6"], func(k connectCidr6Key) bool { return !used[k.RulesId] }),
-	)
-}
-
 func (d *Datapath) rulesIDOf(cookie uint64) uint32 {
 	var p connectPod
 	if d.maps["pods"].Lookup(cookie, &p) != nil {

@@ -1,0 +1,181 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/sluice-mesh/sluice/pkg/netns"
+)
+
+// repairPods makes the pods' programs what the map says: it loads them anew and
+// replaces those that are attached, completes an enrolment that was cut off,
+// un-enrols namespaces that are gone, and removes links without a pod. Clsact
+// filters are replaced when their pod is enrolled again.
+func (d *Datapath) repairPods() error {
+	known := map[uint64]connectPodFlags{}
+	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p.Flags }); err != nil {
+		return err
+	}
+	var errs error
+	var incomplete []uint64
+	for cookie, flags := range known {
+		alive, err := d.replacePod(cookie, flags)
+		if err != nil {
+			errs = errors.Join(errs, fmt.Errorf("replace the programs of pod %d: %w", cookie, err))
+		} else if !alive {
+			incomplete = append(incomplete, cookie)
+		}
+	}
+	errs = errors.Join(errs, d.completePods(incomplete, known), d.removeStrayLinks(known))
+	return errors.Join(errs, d.dropOrphans())
+}
+
+// replacePod replaces a pod's programs in place. It is not alive if its
+// namespace is gone or its enrolment was never completed.
+func (d *Datapath) replacePod(cookie uint64, flags connectPodFlags) (alive bool, err error) {
+	dir := d.podDir(cookie)
+	inbound, err := link.LoadPinnedLink(filepath.Join(dir, progInbound), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer inbound.Close()
+	info, err := inbound.Info()
+	if err != nil {
+		return false, err
+	}
+	if ns := info.NetNs(); ns == nil || ns.NetnsInode == 0 {
+		return false, nil
+	}
+	programs, err := d.loadPod(cookie, tcProgramNames(flags)...)
+	if err != nil {
+		return false, err
+	}
+	defer programs.Close()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false, err
+	}
+	for _, e := range entries {
+		prog := programs.inbound.Programs[progInbound]
+		if name, ok := splitTCPin(e.Name()); ok {
+			prog = programs.tc.Programs[name]
+		}
+		if prog == nil {
+			continue // not one of this pod's: attachPod removes it
+		}
+		if err := updatePinned(filepath.Join(dir, e.Name()), prog); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func updatePinned(pin string, prog *ebpf.Program) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := l.Update(prog); err != nil && !isDetached(err) { // an interface that is gone
+		return err
+	}
+	return nil
+}
+
+// completePods attaches what is missing to the namespaces that still live, and
+// un-enrols the others.
+func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFlags) error {
+	if len(cookies) == 0 {
+		return nil
+	}
+	alive := map[uint64]string{}
+	for _, path := range netns.Paths() {
+		if ns, err := netns.Open(path); err == nil {
+			alive[ns.Cookie()] = path
+			ns.Close()
+		}
+	}
+	var errs error
+	for _, cookie := range cookies {
+		path, ok := alive[cookie]
+		if !ok {
+			errs = errors.Join(errs, d.unenroll(cookie, nil))
+			continue
+		}
+		if err := d.complete(path, flags[cookie]); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("complete the enrolment of %s: %w", path, err))
+		}
+	}
+	return errs
+}
+
+func (d *Datapath) complete(path string, flags connectPodFlags) error {
+	ns, err := netns.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	network, err := ns.Inspect()
+	if err != nil {
+		return err
+	}
+	return d.attachPod(ns, network, flags)
+}
+
+func (d *Datapath) removeStrayLinks(known map[uint64]connectPodFlags) error {
+	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
+	if err != nil {
+		return fmt.Errorf("list the pods' links: %w", err)
+	}
+	var errs error
+	for _, e := range entries {
+		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
+		if _, ok := known[cookie]; err == nil && !ok {
+			errs = errors.Join(errs, d.detachPod(cookie, nil))
+		}
+	}
+	return errs
+}
+
+// dropOrphans removes what belongs to no pod: rule sets that were never
+// finished or that nobody uses, and entries of pods that are not enrolled.
+func (d *Datapath) dropOrphans() error {
+	used, pods := map[uint32]bool{}, map[uint64]bool{}
+	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { used[p.RulesId], pods[cookie] = true, true })
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		deleteWhere(d.maps["rule_sets"], func(id uint32) bool { return !used[id] }),
+		deleteWhere(d.maps["proxy_ids"], func(k connectProxyIdKey) bool { return !used[k.RulesId] }),
+		deleteWhere(d.maps["port_rules"], func(k connectPortRuleKey) bool { return !used[k.RulesId] }),
+		deleteWhere(d.maps["cidr_rules4"], func(k connectCidr4Key) bool { return !used[k.RulesId] }),
+		deleteWhere(d.maps["cidr_rules6"], func(k connectCidr6Key) bool { return !used[k.RulesId] }),
+		deleteWhere(d.maps["pod_names"], func(cookie uint64) bool { return !pods[cookie] }),
+		deleteWhere(d.maps["handshake_use"], func(cookie uint64) bool { return !pods[cookie] }),
+		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
+		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
+	)
+}
+
+// splitTCPin returns the program's name of a pin such as guard_2.
+func splitTCPin(pin string) (name string, ok bool) {
+	i := strings.LastIndexByte(pin, '_')
+	if i < 0 {
+		return pin, false
+	}
+	if _, err := strconv.Atoi(pin[i+1:]); err != nil {
+		return pin, false
+	}
+	return pin[:i], true
+}
