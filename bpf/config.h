@@ -14,8 +14,6 @@ const volatile bool have_set_retval = false;
 const volatile bool have_mptcp_sock = false;
 /* bpf_sk_lookup.ingress_ifindex (5.17) */
 const volatile bool have_ingress_ifindex = false;
-/* per-pod programs: the namespace they serve (sk_lookup and TC cannot ask) */
-const volatile __u64 netns_cookie = 0;
 /* entries of handshakes that one pod may hold */
 const volatile __u32 handshake_share = 16384;
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The inbound decision, in the pod's namespace, when the kernel looks for a
- * listener: once per SYN (and per SYN cookie), never for an open connection.
+/* The inbound decision, called by the stub in the pod's namespace when the
+ * kernel looks for a listener: once per SYN (and per SYN cookie), never for an
+ * open connection.
  */
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -16,18 +17,11 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #define LOOPBACK_IFINDEX 1
 
-static __always_inline bool tc_is_asking(void)
+/* The TC program's question is not a packet: do not count it. */
+static __always_inline void count_packet(const struct scratch *this, enum reason reason)
 {
-	__u32 zero = 0, *asks = bpf_map_lookup_elem(&tc_asks, &zero);
-
-	return asks && *asks;
-}
-
-static __always_inline void count_packet(const struct pod *pod, enum reason reason)
-{
-	if (pod && pod->flags & POD_INBOUND_TC && tc_is_asking())
-		return;
-	count(netns_cookie, reason);
+	if (!this->tc_asks)
+		count(this->cookie, reason);
 }
 
 static __always_inline bool try_listener(struct bpf_sk_lookup *ctx, struct listener_key *key)
@@ -48,9 +42,9 @@ static __always_inline bool try_listener(struct bpf_sk_lookup *ctx, struct liste
  * Not inlined: clang then lays the loop out so that nothing falls through into
  * its head, which kernels before 6.4 take for an endless loop ("back-edge").
  */
-static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u16 port)
+static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u64 cookie, __u16 port)
 {
-	struct listener_key key = { .cookie = netns_cookie, .port = port };
+	struct listener_key key = { .cookie = cookie, .port = port };
 	int i;
 
 	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
@@ -69,10 +63,11 @@ static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u16 port)
  * itself. One that could not (the table is full) must not reach the proxy
  * without an original destination.
  */
-static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct pod *pod,
-					 const struct addr *local, const struct addr *remote)
+static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct scratch *this,
+					 const struct pod *pod, const struct addr *local,
+					 const struct addr *remote)
 {
-	struct handshake_key key = { .cookie = netns_cookie };
+	struct handshake_key key = { .cookie = this->cookie };
 
 	if (!is_capture_port(pod, ctx->local_port))
 		return SK_PASS;
@@ -81,18 +76,19 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 	key.client_port = bpf_ntohs(ctx->remote_port);
 	key.server_port = ctx->local_port;
 	if (!bpf_map_lookup_elem(&handshakes, &key)) {
-		count_packet(pod, REFUSED_NO_HANDSHAKE);
+		count_packet(this, REFUSED_NO_HANDSHAKE);
 		return SK_DROP;
 	}
-	assign_proxy(ctx, ctx->local_port); /* else whoever the kernel finds there */
+	assign_proxy(ctx, this->cookie, ctx->local_port); /* else whoever the kernel finds there */
 	return SK_PASS;
 }
 
-static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, const struct addr *remote)
+static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, __u64 cookie,
+					  const struct addr *remote)
 {
 	if (have_ingress_ifindex)
 		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;
-	return addr_is_loopback(remote) || own_addr(&own_addrs, netns_cookie, remote);
+	return addr_is_loopback(remote) || own_addr(&own_addrs, cookie, remote);
 }
 
 static __always_inline void read_addrs(struct bpf_sk_lookup *ctx, struct addr *local,
@@ -113,35 +109,37 @@ static __always_inline void read_addrs(struct bpf_sk_lookup *ctx, struct addr *l
 SEC("sk_lookup")
 int inbound(struct bpf_sk_lookup *ctx)
 {
+	struct scratch *this = this_cpu();
 	struct addr local, remote;
 	struct pod *pod;
-	__u64 cookie = netns_cookie;
 
+	if (!this)
+		return SK_DROP; /* cannot be: the array has one entry */
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
 	if (!ctx->remote_port)
 		return SK_PASS; /* a question by a helper of ours */
 	if (have_ingress_ifindex && !ctx->ingress_ifindex)
 		return SK_PASS; /* anybody's question: no packet comes from nowhere */
-	pod = bpf_map_lookup_elem(&pods, &cookie);
+	pod = bpf_map_lookup_elem(&pods, &this->cookie);
 	if (!pod) {
-		count_packet(pod, REFUSED_NO_POD);
+		count_packet(this, REFUSED_NO_POD);
 		return SK_DROP;
 	}
 	read_addrs(ctx, &local, &remote);
 	if (addr_is_loopback(&local))
-		return from_loopback(ctx, pod, &local, &remote);
-	if (over_loopback(ctx, &remote))
+		return from_loopback(ctx, this, pod, &local, &remote);
+	if (over_loopback(ctx, this->cookie, &remote))
 		return SK_PASS;
 	if (!captured_in(pod, ctx->local_port)) {
-		count_packet(pod, DIRECT_PORT_IN);
+		count_packet(this, DIRECT_PORT_IN);
 		return SK_PASS;
 	}
-	if (assign_proxy(ctx, pod->in_port)) {
-		count_packet(pod, CAPTURED_IN);
+	if (assign_proxy(ctx, this->cookie, pod->in_port)) {
+		count_packet(this, CAPTURED_IN);
 		return SK_PASS;
 	}
 	/* Fail closed: the peer gets a RST, the app never sees the SYN. */
-	count_packet(pod, REFUSED_NO_LISTENER);
+	count_packet(this, REFUSED_NO_LISTENER);
 	return SK_DROP;
 }

@@ -148,14 +148,39 @@ struct {
 	__type(value, struct rule_set);
 } rule_sets SEC(".maps");
 
-/* 1 while the TC program asks the kernel who would get a packet: that is not a
- * packet, sk_lookup does not count it. Per CPU, within one softirq.
+/* sk_lookup and TC programs cannot ask for the netns cookie. Each pod has stubs,
+ * a dozen instructions that hold its cookie, leave it here and call the shared
+ * programs below: enrolling a pod verifies next to nothing, and one write
+ * replaces a program for every pod. Packets are looked up in softirq, one at a
+ * time on a CPU, so that nobody comes between writing and reading.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
+	__type(value, struct scratch);
+} scratch SEC(".maps");
+
+/* The shared programs. Written by user space. Empty: inbound drops, TC passes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
 	__type(value, __u32);
-} tc_asks SEC(".maps");
+} pod_inbound SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, enum tc_prog);
+	__type(value, __u32);
+} pod_tc SEC(".maps");
+
+static __always_inline struct scratch *this_cpu(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&scratch, &zero);
+}
 
 #endif

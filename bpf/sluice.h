@@ -130,6 +130,19 @@ struct cidr6_key {
 	__u8 addr[16];
 };
 
+/* scratch: what a pod's stub tells the shared program that it calls */
+struct scratch {
+	__u64 cookie; /* of the namespace that the stub is attached to */
+	__u32 tc_asks; /* the TC program asks who would get a packet: count nothing */
+	__u32 pad;
+};
+
+/* The programs in pod_tc. */
+enum tc_prog {
+	TC_GUARD,
+	TC_INBOUND,
+};
+
 /* rule_sets: rules_id -> the rules' digest, by which equal ones are found */
 struct rule_set {
 	__u8 sha256[32];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Per pod, on every interface but lo.
+/* Called by the stubs on every interface of a pod but lo.
  *
  * guard (egress) stops a SYN that no connect hook has judged: it does not
  * decide rules again, it wants a verdict. tc_inbound (ingress, --inbound=tc)
@@ -122,12 +122,16 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 SEC("tc")
 int guard(struct __sk_buff *skb)
 {
-	__u64 cookie = netns_cookie;
+	struct scratch *this = this_cpu();
 	struct packet p = {};
 	enum parsed what = parse(skb, &p);
 	struct bpf_sock *sk = skb->sk;
 	struct record *rec;
+	__u64 cookie;
 
+	if (!this)
+		return NEXT;
+	cookie = this->cookie;
 	if (addr_is4(&p.dst) && addr_is_loopback(&p.dst)) {
 		count(cookie, GUARD_LOOPBACK); /* SO_BINDTODEVICE and a captured connect */
 		return TC_ACT_SHOT;
@@ -144,6 +148,8 @@ int guard(struct __sk_buff *skb)
 		    rec->reason != LEFT_TO_KERNEL)
 			return NEXT;
 	}
+	if (!bpf_map_lookup_elem(&pods, &cookie))
+		return NEXT; /* not enrolled any more: nobody gives verdicts */
 	count(cookie, GUARD_NO_VERDICT);
 	return TC_ACT_SHOT;
 }
@@ -151,17 +157,14 @@ int guard(struct __sk_buff *skb)
 /* Who would get this packet? The kernel's own answer, our sk_lookup program
  * included. It counts nothing meanwhile.
  */
-static __always_inline bool somebody_has(struct __sk_buff *skb, struct bpf_sock_tuple *tuple,
-					 __u32 len)
+static __always_inline bool somebody_has(struct __sk_buff *skb, struct scratch *this,
+					 struct bpf_sock_tuple *tuple, __u32 len)
 {
-	__u32 zero = 0, *asks = bpf_map_lookup_elem(&tc_asks, &zero);
 	struct bpf_sock *sk;
 
-	if (!asks)
-		return true;
-	*asks = 1;
+	this->tc_asks = 1;
 	sk = bpf_skc_lookup_tcp(skb, tuple, len, BPF_F_CURRENT_NETNS, 0);
-	*asks = 0;
+	this->tc_asks = 0;
 	if (!sk)
 		return false;
 	bpf_sk_release(sk);
@@ -171,16 +174,18 @@ static __always_inline bool somebody_has(struct __sk_buff *skb, struct bpf_sock_
 SEC("tc")
 int tc_inbound(struct __sk_buff *skb)
 {
+	struct scratch *this = this_cpu();
 	struct bpf_sock_tuple tuple = {};
-	__u64 cookie = netns_cookie;
 	struct packet p = {};
 	struct record *rec;
 	struct bpf_sock *sk;
 	struct pod *pod;
+	__u64 cookie;
 	__u32 len;
 
-	if (parse(skb, &p) != TCP)
+	if (!this || parse(skb, &p) != TCP)
 		return NEXT;
+	cookie = this->cookie;
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !own_addr(&own_addrs, cookie, &p.dst))
 		return NEXT;
@@ -197,8 +202,8 @@ int tc_inbound(struct __sk_buff *skb)
 		tuple.ipv6.sport = p.sport;
 		tuple.ipv6.dport = p.dport;
 	}
-	if (len == sizeof(tuple.ipv4) ? somebody_has(skb, &tuple, sizeof(tuple.ipv4)) :
-					somebody_has(skb, &tuple, sizeof(tuple.ipv6)))
+	if (len == sizeof(tuple.ipv4) ? somebody_has(skb, this, &tuple, sizeof(tuple.ipv4)) :
+					somebody_has(skb, this, &tuple, sizeof(tuple.ipv6)))
 		return NEXT; /* an open connection, a handshake, or what sk_lookup assigns */
 
 	/* Source port 0: a question to the kernel that sk_lookup leaves alone. */

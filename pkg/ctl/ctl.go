@@ -102,7 +102,7 @@ func newRoot(env Env) *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().StringVar(&c.dir, "bpffs", defaultDir, "directory on a bpffs below which everything is pinned")
-	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c))
+	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
 	return root
 }
 

@@ -13,85 +13,40 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
-// The programs of a pod. Their pins are links/pods/COOKIE/NAME, with the
-// interface's index behind the TC programs' names.
-const (
-	progInbound   = "inbound"
-	progGuard     = "guard"
-	progTCInbound = "tc_inbound"
-)
-
-// podPrograms are loaded for one namespace, whose cookie they hold.
-type podPrograms struct {
-	inbound, tc *ebpf.Collection
-}
-
-func (p podPrograms) Close() {
-	if p.inbound != nil {
-		p.inbound.Close()
-	}
-	if p.tc != nil {
-		p.tc.Close()
-	}
-}
-
-// loadPod loads the programs named, and only those, for one namespace.
-func (d *Datapath) loadPod(cookie uint64, tcNames ...string) (podPrograms, error) {
-	values := map[string]any{
-		"netns_cookie":         cookie,
-		"have_ingress_ifindex": d.features.IngressIfindex,
-	}
-	var out podPrograms
-	var err error
-	if out.inbound, err = d.load(d.pod.inbound.Copy(), values); err != nil {
-		return podPrograms{}, fmt.Errorf("load the inbound program: %w", err)
-	}
-	if len(tcNames) == 0 {
-		return out, nil
-	}
-	spec := d.pod.tc.Copy()
-	keep := map[string]*ebpf.ProgramSpec{}
-	for _, name := range tcNames {
-		keep[name] = spec.Programs[name]
-	}
-	spec.Programs = keep
-	if out.tc, err = d.load(spec, values); err != nil {
-		out.Close()
-		return podPrograms{}, fmt.Errorf("load the TC programs: %w", err)
-	}
-	return out, nil
-}
-
 // attachPod attaches what the pod should have and is not attached yet, replaces
 // what is, and detaches what it should not have. The inbound program comes
 // last: where its pin is, the pod is complete.
 func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags connectPodFlags) error {
-	tcNames := tcProgramNames(flags)
-	programs, err := d.loadPod(ns.Cookie(), tcNames...)
-	if err != nil {
-		return err
-	}
-	defer programs.Close()
 	dir := d.podDir(ns.Cookie())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make %s: %w", dir, err)
 	}
 	wanted := map[string]bool{progInbound: true}
-	for _, l := range network.Links {
-		if l.Lo {
-			continue
+	for _, name := range tcProgramNames(flags) {
+		prog, err := d.loadStub(name, ns.Cookie())
+		if err != nil {
+			return err
 		}
-		for _, name := range tcNames {
+		defer prog.Close()
+		for _, l := range network.Links {
+			if l.Lo {
+				continue
+			}
 			wanted[tcPin(name, l.Index)] = true
-			if err := d.attachTC(ns, l, name, programs.tc.Programs[name]); err != nil {
+			if err := d.attachTC(ns, l, name, prog); err != nil {
 				return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
 			}
 		}
 	}
-	attachInbound := func() (link.Link, error) {
-		return link.AttachNetNs(ns.Fd(), programs.inbound.Programs[progInbound])
+	prog, err := d.loadStub(progInbound, ns.Cookie())
+	if err != nil {
+		return err
 	}
-	if err := replaceOrPin(filepath.Join(dir, progInbound), programs.inbound.Programs[progInbound], attachInbound); err != nil {
+	defer prog.Close()
+	err = replaceOrPin(filepath.Join(dir, progInbound), prog, func() (link.Link, error) {
+		return link.AttachNetNs(ns.Fd(), prog)
+	})
+	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
 	}
 	return d.detachExcept(dir, wanted, ns)

@@ -19,20 +19,25 @@ const (
 
 const listenerSlots = 64 // SLUICE_LISTENER_SLOTS
 
-// passOpenConnects gives sockets whose SYN was out before the pod was enrolled
-// a verdict, so that the guard leaves their retransmitted SYN alone. It returns
-// how many there were.
-func (d *Datapath) passOpenConnects(ns *netns.NetNS) (int, error) {
-	sockets, err := ns.TCPSockets(tcpSynSent)
-	if err != nil {
-		return 0, err
-	}
-	n := 0
+// collect looks at the sockets that were open before the pod's entry was
+// written. Those whose SYN is out get a verdict, so that the guard leaves a
+// retransmitted SYN alone; the proxy's listeners are noted, for sockops sees
+// only those that come later.
+func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) error {
+	sockets, err := ns.TCPSockets(tcpSynSent, tcpListen)
+	compiled := pod.Rules.Compile()
 	for _, s := range sockets {
-		record := connectRecord{Reason: connectReasonPASSED_BEFORE}
-		err = errors.Join(err, d.writeRecord(s, record, &n), s.File.Close())
+		_, uid := compiled.UIDs[s.UID]
+		_, gid := compiled.GIDs[s.GID]
+		switch {
+		case s.State == tcpSynSent:
+			err = errors.Join(err, d.writeRecord(s, connectRecord{Reason: connectReasonPASSED_BEFORE}, &out.Before))
+		case uid || gid:
+			err = errors.Join(err, d.noteListener(ns.Cookie(), s, pod, out))
+		}
+		err = errors.Join(err, s.File.Close())
 	}
-	return n, err
+	return err
 }
 
 // writeRecord adds a record to a socket that has none.
@@ -46,25 +51,6 @@ func (d *Datapath) writeRecord(s netns.Socket, record connectRecord, n *int) err
 	}
 	*n++
 	return nil
-}
-
-// collectListeners notes the proxy's listeners that were open before enrolment:
-// sockops sees only those that come later.
-func (d *Datapath) collectListeners(ns *netns.NetNS, pod Pod, out *Enrolment) error {
-	sockets, err := ns.TCPSockets(tcpListen)
-	if err != nil {
-		return err
-	}
-	compiled := pod.Rules.Compile()
-	for _, s := range sockets {
-		_, uid := compiled.UIDs[s.UID]
-		_, gid := compiled.GIDs[s.GID]
-		if uid || gid {
-			err = errors.Join(err, d.noteListener(ns.Cookie(), s, pod, out))
-		}
-		err = errors.Join(err, s.File.Close())
-	}
-	return err
 }
 
 func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enrolment) error {

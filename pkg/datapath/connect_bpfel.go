@@ -183,12 +183,26 @@ const (
 	connectRuleVerdictRULE_CAPTURE connectRuleVerdict = 2
 )
 
+type connectScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type connectStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason connectReason
 	Pad    uint32
 }
+
+type connectTcProg uint32
+
+const (
+	connectTcProgTC_GUARD   connectTcProg = 0
+	connectTcProgTC_INBOUND connectTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -201,20 +215,21 @@ const (
 	connectMapListeners          = "listeners"
 	connectMapOrigDst            = "orig_dst"
 	connectMapOwnAddrs           = "own_addrs"
+	connectMapPodInbound         = "pod_inbound"
 	connectMapPodNames           = "pod_names"
+	connectMapPodTc              = "pod_tc"
 	connectMapPods               = "pods"
 	connectMapPortRules          = "port_rules"
 	connectMapProxyIds           = "proxy_ids"
 	connectMapRuleSets           = "rule_sets"
+	connectMapScratch            = "scratch"
 	connectMapStats              = "stats"
-	connectMapTcAsks             = "tc_asks"
 	connectProgConnect4          = "connect4"
 	connectProgConnect6          = "connect6"
 	connectVarHandshakeShare     = "handshake_share"
 	connectVarHaveIngressIfindex = "have_ingress_ifindex"
 	connectVarHaveMptcpSock      = "have_mptcp_sock"
 	connectVarHaveSetRetval      = "have_set_retval"
-	connectVarNetnsCookie        = "netns_cookie"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -274,13 +289,15 @@ type connectMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -291,7 +308,6 @@ type connectVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.VariableSpec `ebpf:"netns_cookie"`
 }
 
 // connectObjects contains all objects after they have been loaded into the kernel.
@@ -321,13 +337,15 @@ type connectMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *connectMaps) Close() error {
@@ -339,13 +357,15 @@ func (m *connectMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 
@@ -357,7 +377,6 @@ type connectVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.Variable `ebpf:"netns_cookie"`
 }
 
 // connectPrograms contains all programs after they have been loaded into the kernel.

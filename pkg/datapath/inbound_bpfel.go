@@ -136,12 +136,26 @@ const (
 	inboundRuleVerdictRULE_CAPTURE inboundRuleVerdict = 2
 )
 
+type inboundScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type inboundStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason uint32
 	Pad    uint32
 }
+
+type inboundTcProg uint32
+
+const (
+	inboundTcProgTC_GUARD   inboundTcProg = 0
+	inboundTcProgTC_INBOUND inboundTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -154,19 +168,20 @@ const (
 	inboundMapListeners          = "listeners"
 	inboundMapOrigDst            = "orig_dst"
 	inboundMapOwnAddrs           = "own_addrs"
+	inboundMapPodInbound         = "pod_inbound"
 	inboundMapPodNames           = "pod_names"
+	inboundMapPodTc              = "pod_tc"
 	inboundMapPods               = "pods"
 	inboundMapPortRules          = "port_rules"
 	inboundMapProxyIds           = "proxy_ids"
 	inboundMapRuleSets           = "rule_sets"
+	inboundMapScratch            = "scratch"
 	inboundMapStats              = "stats"
-	inboundMapTcAsks             = "tc_asks"
 	inboundProgInbound           = "inbound"
 	inboundVarHandshakeShare     = "handshake_share"
 	inboundVarHaveIngressIfindex = "have_ingress_ifindex"
 	inboundVarHaveMptcpSock      = "have_mptcp_sock"
 	inboundVarHaveSetRetval      = "have_set_retval"
-	inboundVarNetnsCookie        = "netns_cookie"
 )
 
 // loadInbound returns the embedded CollectionSpec for inbound.
@@ -225,13 +240,15 @@ type inboundMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // inboundVariableSpecs contains global variables before they are loaded into the kernel.
@@ -242,7 +259,6 @@ type inboundVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.VariableSpec `ebpf:"netns_cookie"`
 }
 
 // inboundObjects contains all objects after they have been loaded into the kernel.
@@ -272,13 +288,15 @@ type inboundMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *inboundMaps) Close() error {
@@ -290,13 +308,15 @@ func (m *inboundMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 
@@ -308,7 +328,6 @@ type inboundVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.Variable `ebpf:"netns_cookie"`
 }
 
 // inboundPrograms contains all programs after they have been loaded into the kernel.

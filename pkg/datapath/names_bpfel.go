@@ -136,12 +136,26 @@ const (
 	namesRuleVerdictRULE_CAPTURE namesRuleVerdict = 2
 )
 
+type namesScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type namesStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason uint32
 	Pad    uint32
 }
+
+type namesTcProg uint32
+
+const (
+	namesTcProgTC_GUARD   namesTcProg = 0
+	namesTcProgTC_INBOUND namesTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -154,13 +168,15 @@ const (
 	namesMapListeners     = "listeners"
 	namesMapOrigDst       = "orig_dst"
 	namesMapOwnAddrs      = "own_addrs"
+	namesMapPodInbound    = "pod_inbound"
 	namesMapPodNames      = "pod_names"
+	namesMapPodTc         = "pod_tc"
 	namesMapPods          = "pods"
 	namesMapPortRules     = "port_rules"
 	namesMapProxyIds      = "proxy_ids"
 	namesMapRuleSets      = "rule_sets"
+	namesMapScratch       = "scratch"
 	namesMapStats         = "stats"
-	namesMapTcAsks        = "tc_asks"
 	namesProgGetpeername4 = "getpeername4"
 	namesProgGetpeername6 = "getpeername6"
 	namesProgGetsockname4 = "getsockname4"
@@ -226,13 +242,15 @@ type namesMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -268,13 +286,15 @@ type namesMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *namesMaps) Close() error {
@@ -286,13 +306,15 @@ func (m *namesMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 

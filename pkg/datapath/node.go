@@ -44,9 +44,6 @@ func Up(opts Options) (*Datapath, error) {
 		return nil, err
 	}
 	d.features = features
-	if d.pod, err = loadPodSpecs(); err != nil {
-		return nil, fmt.Errorf("read the pod programs: %w", err)
-	}
 	if err := d.prepare(); err != nil {
 		return nil, err
 	}
@@ -70,6 +67,9 @@ func (d *Datapath) up() error {
 		return err
 	}
 	defer closeAll()
+	if err := d.loadShared(); err != nil {
+		return err
+	}
 	for _, hook := range nodeHooks {
 		if err := d.attachNode(hook, programs[hook.name]); err != nil {
 			return err
@@ -215,6 +215,3 @@ func (d *Datapath) Attached() map[string]uint64 {
 }
 
 func isNoDevice(err error) bool { return errors.Is(err, unix.ENODEV) }
-
-// isDetached: the link's target is gone.
-func isDetached(err error) bool { return errors.Is(err, unix.ENOLINK) }

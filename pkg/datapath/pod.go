@@ -84,8 +84,8 @@ func ready(n netns.Network) error {
 	return nil
 }
 
-// enroll writes the maps first, the pod's entry last of them, then attaches the
-// pod's programs, then collects what was open before. The order lets nothing
+// enroll writes the maps first, the pod's entry last of them, then collects what
+// was open before, then attaches the pod's programs. The order lets nothing
 // escape: as soon as the entry is there, connect() is captured.
 func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) error {
 	cookie := ns.Cookie()
@@ -112,13 +112,10 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
-	if out.Before, err = d.passOpenConnects(ns); err != nil {
+	if err := d.collect(ns, pod, out); err != nil {
 		return err
 	}
-	if err := d.attachPod(ns, network, value.Flags); err != nil {
-		return err
-	}
-	return d.collectListeners(ns, pod, out)
+	return d.attachPod(ns, network, value.Flags)
 }
 
 // Unenroll stops capturing for a namespace, living (ns) or dead (ns nil), and

@@ -6,18 +6,15 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
-// repairPods makes the pods' programs what the map says: it loads them anew and
-// replaces those that are attached, completes an enrolment that was cut off,
-// un-enrols namespaces that are gone, and removes links without a pod. Clsact
-// filters are replaced when their pod is enrolled again.
+// repairPods makes the pods' stubs what the map says: it completes an enrolment
+// that was cut off, un-enrols namespaces that are gone, and removes links
+// without a pod.
 func (d *Datapath) repairPods() error {
 	known := map[uint64]connectPodFlags{}
 	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p.Flags }); err != nil {
@@ -25,71 +22,33 @@ func (d *Datapath) repairPods() error {
 	}
 	var errs error
 	var incomplete []uint64
-	for cookie, flags := range known {
-		alive, err := d.replacePod(cookie, flags)
-		if err != nil {
-			errs = errors.Join(errs, fmt.Errorf("replace the programs of pod %d: %w", cookie, err))
-		} else if !alive {
+	for cookie := range known {
+		alive, err := d.podAlive(cookie)
+		if err == nil && !alive {
 			incomplete = append(incomplete, cookie)
 		}
+		errs = errors.Join(errs, err)
 	}
 	errs = errors.Join(errs, d.completePods(incomplete, known), d.removeStrayLinks(known))
 	return errors.Join(errs, d.dropOrphans())
 }
 
-// replacePod replaces a pod's programs in place. It is not alive if its
-// namespace is gone or its enrolment was never completed.
-func (d *Datapath) replacePod(cookie uint64, flags connectPodFlags) (alive bool, err error) {
-	dir := d.podDir(cookie)
-	inbound, err := link.LoadPinnedLink(filepath.Join(dir, progInbound), nil)
+// podAlive says whether a pod's enrolment is complete and its namespace lives.
+func (d *Datapath) podAlive(cookie uint64) (bool, error) {
+	inbound, err := link.LoadPinnedLink(filepath.Join(d.podDir(cookie), progInbound), nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("open the link of pod %d: %w", cookie, err)
 	}
 	defer inbound.Close()
 	info, err := inbound.Info()
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("read the link of pod %d: %w", cookie, err)
 	}
-	if ns := info.NetNs(); ns == nil || ns.NetnsInode == 0 {
-		return false, nil
-	}
-	programs, err := d.loadPod(cookie, tcProgramNames(flags)...)
-	if err != nil {
-		return false, err
-	}
-	defer programs.Close()
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return false, err
-	}
-	for _, e := range entries {
-		prog := programs.inbound.Programs[progInbound]
-		if name, ok := splitTCPin(e.Name()); ok {
-			prog = programs.tc.Programs[name]
-		}
-		if prog == nil {
-			continue // not one of this pod's: attachPod removes it
-		}
-		if err := updatePinned(filepath.Join(dir, e.Name()), prog); err != nil {
-			return false, err
-		}
-	}
-	return true, nil
-}
-
-func updatePinned(pin string, prog *ebpf.Program) error {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	if err := l.Update(prog); err != nil && !isDetached(err) { // an interface that is gone
-		return err
-	}
-	return nil
+	ns := info.NetNs()
+	return ns != nil && ns.NetnsInode != 0, nil
 }
 
 // completePods attaches what is missing to the namespaces that still live, and
@@ -166,16 +125,4 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)
-}
-
-// splitTCPin returns the program's name of a pin such as guard_2.
-func splitTCPin(pin string) (name string, ok bool) {
-	i := strings.LastIndexByte(pin, '_')
-	if i < 0 {
-		return pin, false
-	}
-	if _, err := strconv.Atoi(pin[i+1:]); err != nil {
-		return pin, false
-	}
-	return pin[:i], true
 }

@@ -136,12 +136,26 @@ const (
 	sockopsRuleVerdictRULE_CAPTURE sockopsRuleVerdict = 2
 )
 
+type sockopsScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type sockopsStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason uint32
 	Pad    uint32
 }
+
+type sockopsTcProg uint32
+
+const (
+	sockopsTcProgTC_GUARD   sockopsTcProg = 0
+	sockopsTcProgTC_INBOUND sockopsTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -154,13 +168,15 @@ const (
 	sockopsMapListeners          = "listeners"
 	sockopsMapOrigDst            = "orig_dst"
 	sockopsMapOwnAddrs           = "own_addrs"
+	sockopsMapPodInbound         = "pod_inbound"
 	sockopsMapPodNames           = "pod_names"
+	sockopsMapPodTc              = "pod_tc"
 	sockopsMapPods               = "pods"
 	sockopsMapPortRules          = "port_rules"
 	sockopsMapProxyIds           = "proxy_ids"
 	sockopsMapRuleSets           = "rule_sets"
+	sockopsMapScratch            = "scratch"
 	sockopsMapStats              = "stats"
-	sockopsMapTcAsks             = "tc_asks"
 	sockopsProgPostBind4         = "post_bind4"
 	sockopsProgPostBind6         = "post_bind6"
 	sockopsProgSockOps           = "sock_ops"
@@ -168,7 +184,6 @@ const (
 	sockopsVarHaveIngressIfindex = "have_ingress_ifindex"
 	sockopsVarHaveMptcpSock      = "have_mptcp_sock"
 	sockopsVarHaveSetRetval      = "have_set_retval"
-	sockopsVarNetnsCookie        = "netns_cookie"
 )
 
 // loadSockops returns the embedded CollectionSpec for sockops.
@@ -229,13 +244,15 @@ type sockopsMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // sockopsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -246,7 +263,6 @@ type sockopsVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.VariableSpec `ebpf:"netns_cookie"`
 }
 
 // sockopsObjects contains all objects after they have been loaded into the kernel.
@@ -276,13 +292,15 @@ type sockopsMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *sockopsMaps) Close() error {
@@ -294,13 +312,15 @@ func (m *sockopsMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 
@@ -312,7 +332,6 @@ type sockopsVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.Variable `ebpf:"netns_cookie"`
 }
 
 // sockopsPrograms contains all programs after they have been loaded into the kernel.

@@ -136,12 +136,26 @@ const (
 	sockoptRuleVerdictRULE_CAPTURE sockoptRuleVerdict = 2
 )
 
+type sockoptScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type sockoptStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason uint32
 	Pad    uint32
 }
+
+type sockoptTcProg uint32
+
+const (
+	sockoptTcProgTC_GUARD   sockoptTcProg = 0
+	sockoptTcProgTC_INBOUND sockoptTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -154,19 +168,20 @@ const (
 	sockoptMapListeners          = "listeners"
 	sockoptMapOrigDst            = "orig_dst"
 	sockoptMapOwnAddrs           = "own_addrs"
+	sockoptMapPodInbound         = "pod_inbound"
 	sockoptMapPodNames           = "pod_names"
+	sockoptMapPodTc              = "pod_tc"
 	sockoptMapPods               = "pods"
 	sockoptMapPortRules          = "port_rules"
 	sockoptMapProxyIds           = "proxy_ids"
 	sockoptMapRuleSets           = "rule_sets"
+	sockoptMapScratch            = "scratch"
 	sockoptMapStats              = "stats"
-	sockoptMapTcAsks             = "tc_asks"
 	sockoptProgGetsockopt        = "getsockopt"
 	sockoptVarHandshakeShare     = "handshake_share"
 	sockoptVarHaveIngressIfindex = "have_ingress_ifindex"
 	sockoptVarHaveMptcpSock      = "have_mptcp_sock"
 	sockoptVarHaveSetRetval      = "have_set_retval"
-	sockoptVarNetnsCookie        = "netns_cookie"
 )
 
 // loadSockopt returns the embedded CollectionSpec for sockopt.
@@ -225,13 +240,15 @@ type sockoptMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // sockoptVariableSpecs contains global variables before they are loaded into the kernel.
@@ -242,7 +259,6 @@ type sockoptVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.VariableSpec `ebpf:"netns_cookie"`
 }
 
 // sockoptObjects contains all objects after they have been loaded into the kernel.
@@ -272,13 +288,15 @@ type sockoptMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *sockoptMaps) Close() error {
@@ -290,13 +308,15 @@ func (m *sockoptMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 
@@ -308,7 +328,6 @@ type sockoptVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.Variable `ebpf:"netns_cookie"`
 }
 
 // sockoptPrograms contains all programs after they have been loaded into the kernel.

@@ -65,18 +65,16 @@ var ErrNotUp = errors.New("sluice is not up")
 // ErrLayout is returned for pinned maps that these programs cannot use.
 var ErrLayout = errors.New("the pinned maps are of another version")
 
-// Datapath is an open datapath: its maps, and the programs to load for pods.
+// Datapath is an open datapath.
 // Close releases this process's hold; what is pinned stays in force.
 type Datapath struct {
 	opts     Options
 	features Features
 	maps     map[string]*ebpf.Map
-	pod      podSpecs
 }
 
-// programs that the node carries, and those that each pod does
+// nodeSpecs are the programs that the node carries.
 type nodeSpecs struct{ connect, names, sockops, sockopt *ebpf.CollectionSpec }
-type podSpecs struct{ inbound, tc *ebpf.CollectionSpec }
 
 func loadNodeSpecs() (s nodeSpecs, err error) {
 	var errs [4]error
@@ -84,13 +82,6 @@ func loadNodeSpecs() (s nodeSpecs, err error) {
 	s.names, errs[1] = loadNames()
 	s.sockops, errs[2] = loadSockops()
 	s.sockopt, errs[3] = loadSockopt()
-	return s, errors.Join(errs[:]...)
-}
-
-func loadPodSpecs() (s podSpecs, err error) {
-	var errs [2]error
-	s.inbound, errs[0] = loadInbound()
-	s.tc, errs[1] = loadTc()
 	return s, errors.Join(errs[:]...)
 }
 
@@ -126,9 +117,6 @@ func Open(opts Options) (*Datapath, error) {
 	var err error
 	if d.features, err = Probe(); err != nil {
 		return nil, errors.Join(err, d.Close())
-	}
-	if d.pod, err = loadPodSpecs(); err != nil {
-		return nil, errors.Join(fmt.Errorf("read the pod programs: %w", err), d.Close())
 	}
 	return d, nil
 }

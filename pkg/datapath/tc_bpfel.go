@@ -136,12 +136,26 @@ const (
 	tcRuleVerdictRULE_CAPTURE tcRuleVerdict = 2
 )
 
+type tcScratch struct {
+	_      structs.HostLayout
+	Cookie uint64
+	TcAsks uint32
+	Pad    uint32
+}
+
 type tcStatKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Reason uint32
 	Pad    uint32
 }
+
+type tcTcProg uint32
+
+const (
+	tcTcProgTC_GUARD   tcTcProg = 0
+	tcTcProgTC_INBOUND tcTcProg = 1
+)
 
 // Names of all BPF objects in the ELF.
 //
@@ -154,20 +168,21 @@ const (
 	tcMapListeners          = "listeners"
 	tcMapOrigDst            = "orig_dst"
 	tcMapOwnAddrs           = "own_addrs"
+	tcMapPodInbound         = "pod_inbound"
 	tcMapPodNames           = "pod_names"
+	tcMapPodTc              = "pod_tc"
 	tcMapPods               = "pods"
 	tcMapPortRules          = "port_rules"
 	tcMapProxyIds           = "proxy_ids"
 	tcMapRuleSets           = "rule_sets"
+	tcMapScratch            = "scratch"
 	tcMapStats              = "stats"
-	tcMapTcAsks             = "tc_asks"
 	tcProgGuard             = "guard"
 	tcProgTcInbound         = "tc_inbound"
 	tcVarHandshakeShare     = "handshake_share"
 	tcVarHaveIngressIfindex = "have_ingress_ifindex"
 	tcVarHaveMptcpSock      = "have_mptcp_sock"
 	tcVarHaveSetRetval      = "have_set_retval"
-	tcVarNetnsCookie        = "netns_cookie"
 )
 
 // loadTc returns the embedded CollectionSpec for tc.
@@ -227,13 +242,15 @@ type tcMapSpecs struct {
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TcAsks       *ebpf.MapSpec `ebpf:"tc_asks"`
 }
 
 // tcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -244,7 +261,6 @@ type tcVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.VariableSpec `ebpf:"netns_cookie"`
 }
 
 // tcObjects contains all objects after they have been loaded into the kernel.
@@ -274,13 +290,15 @@ type tcMaps struct {
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames     *ebpf.Map `ebpf:"pod_names"`
+	PodTc        *ebpf.Map `ebpf:"pod_tc"`
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
+	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
-	TcAsks       *ebpf.Map `ebpf:"tc_asks"`
 }
 
 func (m *tcMaps) Close() error {
@@ -292,13 +310,15 @@ func (m *tcMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodInbound,
 		m.PodNames,
+		m.PodTc,
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
 		m.RuleSets,
+		m.Scratch,
 		m.Stats,
-		m.TcAsks,
 	)
 }
 
@@ -310,7 +330,6 @@ type tcVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
-	NetnsCookie        *ebpf.Variable `ebpf:"netns_cookie"`
 }
 
 // tcPrograms contains all programs after they have been loaded into the kernel.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,10 +14,11 @@ import (
 
 // Socket is a TCP socket of some process in a namespace. Close its File.
 type Socket struct {
-	File *os.File // a duplicate of the process's descriptor
-	PID  int
-	UID  uint32 // real UID and GID of the process, as this process sees them
-	GID  uint32
+	State uint8
+	File  *os.File // a duplicate of the process's descriptor
+	PID   int
+	UID   uint32 // real UID and GID of the process, as this process sees them
+	GID   uint32
 }
 
 // TCPSockets duplicates, from the processes that have them open, the namespace's
@@ -24,6 +26,9 @@ type Socket struct {
 // tcp_states.h). A socket that several processes share comes once. Processes
 // that end meanwhile are skipped.
 func (n *NetNS) TCPSockets(states ...uint8) ([]Socket, error) {
+	if !n.hasTCP() {
+		return nil, nil // nobody is in it yet: do not look at every process
+	}
 	pids, err := n.processes()
 	if err != nil {
 		return nil, err
@@ -37,6 +42,22 @@ func (n *NetNS) TCPSockets(states ...uint8) ([]Socket, error) {
 		out = append(out, found...)
 	}
 	return out, errs
+}
+
+// hasTCP says whether the namespace has any TCP socket that listens or connects.
+// If it cannot be told, it may.
+func (n *NetNS) hasTCP() bool {
+	some := true
+	err := n.Do(func() error {
+		v4, err4 := os.ReadFile("/proc/thread-self/net/sockstat")
+		v6, err6 := os.ReadFile("/proc/thread-self/net/sockstat6")
+		if err4 != nil || err6 != nil && !errors.Is(err6, os.ErrNotExist) {
+			return nil
+		}
+		some = !strings.Contains(string(v4), "TCP: inuse 0 ") || err6 == nil && !strings.Contains(string(v6), "TCP6: inuse 0\n")
+		return nil
+	})
+	return err != nil || some
 }
 
 // processes lists those with at least one thread in the namespace, found by the
@@ -94,35 +115,32 @@ func (n *NetNS) socketsOf(pid int, states []uint8, seen map[uint64]bool) ([]Sock
 		if err != nil {
 			continue
 		}
-		if !n.isTCP(fd, states) {
+		state, ok := n.tcpState(fd)
+		if !ok || !slices.Contains(states, state) {
 			unix.Close(fd)
 			continue
 		}
 		seen[inode] = true
-		out = append(out, Socket{File: os.NewFile(uintptr(fd), target), PID: pid, UID: uid, GID: gid})
+		out = append(out, Socket{State: state, File: os.NewFile(uintptr(fd), target), PID: pid, UID: uid, GID: gid})
 	}
 	return out, nil
 }
 
-func (n *NetNS) isTCP(fd int, states []uint8) bool {
+// tcpState is the state of a TCP or MPTCP socket of this namespace.
+func (n *NetNS) tcpState(fd int) (state uint8, ok bool) {
 	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
 	if err != nil || protocol != unix.IPPROTO_TCP && protocol != unix.IPPROTO_MPTCP {
-		return false
+		return 0, false
 	}
 	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if err != nil || cookie != n.cookie {
-		return false
+		return 0, false
 	}
 	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 	if err != nil {
-		return false
+		return 0, false
 	}
-	for _, s := range states {
-		if info.State == s {
-			return true
-		}
-	}
-	return false
+	return info.State, true
 }
 
 func realIDs(pid int) (uid, gid uint32, err error) {
