@@ -67,6 +67,15 @@ race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector
 		{ echo "Some tests failed or raced: see FAIL and DATA RACE above."; exit 1; }
 	@echo "No test failed and no data race was found."
 
+# More flags for the benchmark, such as BENCHFLAGS=--quick.
+BENCHFLAGS ?=
+
+.PHONY: bench
+bench: root go-is-there ## measure Sluice beside iptables and no mesh, into bench-out/ (root, 5 minutes)
+	$(DEPS) test
+	@$(MAKE) build
+	bin/sluicectl bench --out bench-out $(BENCHFLAGS)
+
 .PHONY: vm
 vm: root go-is-there ## run the datapath tests under another kernel in qemu: make vm KERNEL=6.1
 	$(DEPS) vm

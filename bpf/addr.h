@@ -13,8 +13,9 @@
 
 #define LOOPBACK4 0x7f000001 /* 127.0.0.1 */
 #define PROXY_SOURCE4 0x7f000006 /* 127.0.0.6: what Envoy binds to call the app */
-#define SPREAD4 0x7f800000 /* 127.128.0.0/9 */
-#define SPREAD4_MASK 0x007fffff
+#define SPREAD4 0x7f800000 /* 127.128.0.0/10: announced connections */
+#define TARGETS4 0x7fc00000 /* 127.192.0.0/10: addresses of the address book */
+#define SPREAD4_MASK 0x003fffff
 
 /* The 32-bit word of an address, network order. */
 static __always_inline __be32 addr_word(const struct addr *a, int i)
@@ -85,6 +86,14 @@ static __always_inline bool addr_is_lo_address(const struct addr *a)
 	if (addr_is4(a))
 		return addr_v4(a) == LOOPBACK4;
 	return addr_is6_low(a, 1);
+}
+
+/* The index of an address of the address book; 0 is none. */
+static __always_inline __u32 target_index_of(__be32 v4)
+{
+	__u32 a = bpf_ntohl(v4);
+
+	return (a & ~SPREAD4_MASK) == TARGETS4 ? a & SPREAD4_MASK : 0;
 }
 
 /* The source with which the proxy calls the app. */

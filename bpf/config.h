@@ -14,6 +14,8 @@ const volatile bool have_set_retval = false;
 const volatile bool have_mptcp_sock = false;
 /* bpf_sk_lookup.ingress_ifindex (5.17) */
 const volatile bool have_ingress_ifindex = false;
+/* destinations that one pod's address book may hold */
+const volatile __u32 target_share = 16384;
 /* entries of handshakes that one pod may hold */
 const volatile __u32 handshake_share = 16384;
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The outbound decision, once per connect(), and the names that sockets show.
+/* The outbound decision, once per connect().
  *
- * A captured connect keeps its original destination in socket storage and goes
- * to the proxy's port on a loopback address. Nothing is bound: a source bound
- * by us would outlive the connection (docs/adr/0001). Instead getsockname and
- * getpeername show what the app asked for and what the proxy expects.
+ * A captured connect goes to the proxy's port on a loopback address which by
+ * itself says where it was meant to go (targets), or else keeps its original
+ * destination in socket storage until sockops announces it (handshakes). The
+ * source is not bound: that would outlive the connection (docs/adr/0001); the
+ * name hooks show what the app and the proxy expect.
  */
 #include <linux/bpf.h>
 #include <linux/in.h>
@@ -15,13 +16,14 @@
 #include "addr.h"
 #include "rules.h"
 #include "stats.h"
+#include "targets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #define ECONNREFUSED 111
 
 /* Where a captured connect goes instead. */
-struct target {
+struct choice {
 	struct addr addr;
 	__u16 port;
 };
@@ -32,7 +34,7 @@ enum outcome {
 	REFUSE,
 };
 
-/* An address of 127.128.0.0/9 for this destination, so that a pod's
+/* An address of 127.128.0.0/10 for this destination, so that a pod's
  * connections are not limited to the ephemeral ports of one address pair.
  */
 static __always_inline __be32 spread4(const struct addr *dst, __u16 port)
@@ -45,43 +47,60 @@ static __always_inline __be32 spread4(const struct addr *dst, __u16 port)
 	h *= 0x846ca68b;
 	h ^= h >> 16;
 	h &= SPREAD4_MASK;
-	if (h == SPREAD4_MASK)
-		h = 1; /* 127.255.255.255 is a broadcast address */
 	return bpf_htonl(SPREAD4 | h);
 }
 
-/* Would the proxy accept at this IPv4 address and port? The source port 0 tells
- * our own sk_lookup program that this is a question, not a packet.
+/* Would the proxy's own listener accept at any IPv4 loopback address? If it is
+ * in listeners, sk_lookup sees to it. Otherwise (opened by another identity, or
+ * MPTCP) ask the kernel; the source port 0 tells our own sk_lookup program that
+ * this is a question, not a packet.
  */
-static __always_inline bool listens4(struct bpf_sock_addr *ctx, __be32 addr, __u16 port)
+static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const struct pod *pod,
+					     __u16 port)
 {
 	struct bpf_sock_tuple tuple = {
-		.ipv4 = { .daddr = addr, .dport = bpf_htons(port) },
+		.ipv4 = { .daddr = bpf_htonl(SPREAD4 | 1), .dport = bpf_htons(port) },
 	};
 	struct bpf_sock *sk;
-	bool yes;
+	bool yes = false;
 
+	if (pod->flags & (port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE))
+		return true;
 	sk = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
-	yes = sk->src_port == port && sk->state == BPF_TCP_LISTEN;
+	if (sk->src_port == port && sk->state == BPF_TCP_LISTEN) {
+		/* not a stranger on just that address */
+		yes = !sk->src_ip4 || BOUND_BY_PROXY(sk, pod);
+	}
 	bpf_sk_release(sk);
 	return yes;
 }
 
-static __always_inline void choose_target(struct bpf_sock_addr *ctx, const struct addr *dst,
-					  __u16 dport, struct target *to)
+/* The address that stands for a destination. Two first connects at once may get
+ * one each: both are right.
+ */
+static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 dport)
 {
-	__be32 v4;
+	struct target_index_key key = {
+		.cookie = cookie,
+		.target = { .dst = *dst, .port = dport },
+	};
+	struct target_key mine = { .cookie = cookie };
+	__u32 *index = bpf_map_lookup_elem(&target_index, &key), *used;
 
-	if (!addr_is4(dst)) {
-		addr_set(&to->addr, 0, 0, 0, bpf_htonl(1));
-		return;
-	}
-	v4 = spread4(dst, dport);
-	if (!listens4(ctx, v4, to->port))
-		v4 = bpf_htonl(LOOPBACK4); /* bound to 127.0.0.1 alone, or not there */
-	addr_set4(&to->addr, v4);
+	if (index)
+		return bpf_htonl(TARGETS4 | *index);
+	used = bpf_map_lookup_elem(&target_use, &cookie);
+	if (!used || *used >= target_share)
+		return 0;
+	mine.index = __sync_fetch_and_add(used, 1) + 1;
+	if (mine.index >= SPREAD4_MASK) /* 127.255.255.255 is a broadcast address */
+		return 0;
+	if (bpf_map_update_elem(&targets, &mine, &key.target, BPF_NOEXIST))
+		return 0;
+	bpf_map_update_elem(&target_index, &key, &mine.index, BPF_NOEXIST);
+	return bpf_htonl(TARGETS4 | mine.index);
 }
 
 /* MPTCP: the hook sees the first subflow, but the app's calls see the msk. */
@@ -100,8 +119,21 @@ static __always_inline void copy_to_msk(struct bpf_sock *sk, const struct record
 		*copy = *rec;
 }
 
+/* By the address book: what both ends need to know is in the address itself. */
+static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const struct addr *dst,
+				      __u16 dport, struct choice *to)
+{
+	__be32 v4 = book(cookie, dst, dport);
+
+	if (!v4)
+		return false;
+	bpf_sk_storage_delete(&orig_dst, sk); /* of an earlier connect */
+	addr_set4(&to->addr, v4);
+	return true;
+}
+
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
-					       struct target *to)
+					       struct choice *to)
 {
 	__u16 dport = bpf_ntohs(ctx->user_port);
 	struct bpf_sock *sk = ctx->sk;
@@ -109,6 +141,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	enum reason reason;
 	struct pod *pod;
 	struct addr src;
+	bool captured, anywhere = false;
 	__u64 cookie;
 
 	if (ctx->protocol != IPPROTO_TCP || !sk)
@@ -127,6 +160,15 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	}
 	addr_of_sock(&src, sk);
 	reason = decide_out(cookie, pod, &src, dst, dport);
+	captured = is_captured(reason);
+	if (captured) {
+		to->port = reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
+		anywhere = addr_is4(dst) && accepts_anywhere(ctx, pod, to->port);
+		if (anywhere && addr_is_any(&src) && by_target(sk, cookie, dst, dport, to)) {
+			count(cookie, reason);
+			return REWRITE;
+		}
+	}
 
 	/* Every connect leaves a verdict: the guard wants one, and what an
 	 * earlier connect of this socket left must not answer for this one.
@@ -139,8 +181,8 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	rec->dst = *dst;
 	rec->dport = dport;
 	rec->reason = reason;
-	rec->flags &= RECORD_PROXY_BOUND;
-	if (is_captured(reason) && addr_is_any(&src) && !addr_is_loopback(dst)) {
+	rec->flags = 0;
+	if (captured && addr_is_any(&src) && !addr_is_loopback(dst)) {
 		rec->flags |= RECORD_PRESENT_SRC;
 		if (reason == CAPTURED_SELF) /* to oneself, the kernel answers from there */
 			rec->src = *dst;
@@ -149,10 +191,12 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	}
 	copy_to_msk(sk, rec);
 	count(cookie, reason);
-	if (!is_captured(reason))
+	if (!captured)
 		return PASS;
-	to->port = reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
-	choose_target(ctx, dst, dport, to);
+	if (!addr_is4(dst))
+		addr_set(&to->addr, 0, 0, 0, bpf_htonl(1));
+	else /* bound to 127.0.0.1 alone, or not there: it must be that address */
+		addr_set4(&to->addr, anywhere ? spread4(dst, dport) : bpf_htonl(LOOPBACK4));
 	return REWRITE;
 }
 
@@ -166,7 +210,7 @@ static __always_inline int refuse(void)
 SEC("cgroup/connect4")
 int connect4(struct bpf_sock_addr *ctx)
 {
-	struct target to = {};
+	struct choice to = {};
 	struct addr dst;
 
 	addr_set4(&dst, ctx->user_ip4);
@@ -186,7 +230,7 @@ int connect4(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect6")
 int connect6(struct bpf_sock_addr *ctx)
 {
-	struct target to = {};
+	struct choice to = {};
 	struct addr dst;
 
 	addr_set(&dst, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);

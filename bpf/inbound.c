@@ -12,6 +12,7 @@
 #include "addr.h"
 #include "rules.h"
 #include "stats.h"
+#include "targets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -59,35 +60,60 @@ static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u64 cookie, __u
 	return false;
 }
 
-/* A captured connect goes to a capture port on loopback and has announced
- * itself. One that could not (the table is full) must not reach the proxy
- * without an original destination.
+/* Did a captured connect of this pod send this SYN, so that the proxy will learn
+ * where it was meant to go?
+ */
+static __always_inline bool announced(struct bpf_sk_lookup *ctx, __u64 cookie,
+				      const struct addr *local, const struct addr *remote)
+{
+	struct handshake_key key = {
+		.cookie = cookie,
+		.client = *remote,
+		.server = *local,
+		.client_port = bpf_ntohs(ctx->remote_port),
+		.server_port = ctx->local_port,
+	};
+
+	if (addr_is4(local) && target_index_of(addr_word(local, 3)))
+		return target_at(cookie, addr_word(local, 3));
+	return bpf_map_lookup_elem(&handshakes, &key);
+}
+
+/* To a capture port on loopback. Without an original destination the proxy
+ * would not know what to do with it, or dial itself.
  */
 static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct scratch *this,
 					 const struct pod *pod, const struct addr *local,
 					 const struct addr *remote)
 {
-	struct handshake_key key = { .cookie = this->cookie };
+	__u32 assignable;
 
 	if (!is_capture_port(pod, ctx->local_port))
 		return SK_PASS;
-	key.client = *remote;
-	key.server = *local;
-	key.client_port = bpf_ntohs(ctx->remote_port);
-	key.server_port = ctx->local_port;
-	if (!bpf_map_lookup_elem(&handshakes, &key)) {
+	if (!announced(ctx, this->cookie, local, remote)) {
 		count_packet(this, REFUSED_NO_HANDSHAKE);
 		return SK_DROP;
 	}
-	assign_proxy(ctx, this->cookie, ctx->local_port); /* else whoever the kernel finds there */
-	return SK_PASS;
+	if (assign_proxy(ctx, this->cookie, ctx->local_port))
+		return SK_PASS;
+	assignable = ctx->local_port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
+	if (addr_is4(local) && pod->flags & assignable && addr_v4(local) >= SPREAD4) {
+		count_packet(this, REFUSED_NO_LISTENER); /* not to a stranger in its place */
+		return SK_DROP;
+	}
+	return SK_PASS; /* to whoever the kernel finds there: 127.0.0.1 alone, or MPTCP */
 }
 
+/* When a pod calls its own address, the kernel names the address's interface as
+ * the incoming one, not lo. Then the peer's address decides: no packet from
+ * outside has one of ours (IPv4 drops martian sources; over IPv6 the answer to
+ * one would never leave the pod).
+ */
 static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, __u64 cookie,
 					  const struct addr *remote)
 {
-	if (have_ingress_ifindex)
-		return ctx->ingress_ifindex == LOOPBACK_IFINDEX;
+	if (have_ingress_ifindex && ctx->ingress_ifindex == LOOPBACK_IFINDEX)
+		return true;
 	return addr_is_loopback(remote) || own_addr(&own_addrs, cookie, remote);
 }
 

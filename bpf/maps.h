@@ -103,8 +103,20 @@ struct {
 	__type(value, struct record);
 } orig_dst SEC(".maps");
 
-/* Captured connections between their SYN and their acceptance. Written and
- * read by sockops, read by sk_lookup. Each pod has a bounded share. Full: the
+/* Who bound a socket to a proxy's port, for as long as the socket lives. Written
+ * by post_bind, and by user space for sockets bound before Sluice was up; read
+ * when it listens. No memory: the listener is a stranger's.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct binder);
+} binders SEC(".maps");
+
+/* Captured connections between their SYN and their acceptance, where targets
+ * cannot be used: IPv6, a source that the app has bound, a full address book, a
+ * proxy on 127.0.0.1 alone. Written and read by sockops, read by sk_lookup. Each pod has a bounded share. Full: the
  * SYN is refused and counted.
  */
 struct {
@@ -125,6 +137,41 @@ struct {
 	__type(key, __u64);
 	__type(value, __u32);
 } handshake_use SEC(".maps");
+
+/* The address book of each pod: which loopback address stands for which IPv4
+ * destination. An entry is made by the first captured connect to a destination
+ * and stays until the pod is un-enrolled: a connection needs nothing else, so
+ * none is stored for it and there is nothing to clean up after it. Written by
+ * connect; read by connect (target_index), and by the name hooks, sockopt and
+ * sk_lookup (targets). Each pod has a bounded share. Full: that connection goes
+ * by handshakes instead.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct target_key);
+	__type(value, struct target);
+} targets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct target_index_key);
+	__type(value, __u32);
+} target_index SEC(".maps");
+
+/* How many indexes a pod has used. Created by user space at enrolment; counted
+ * by connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS);
+	__type(key, __u64);
+	__type(value, __u32);
+} target_use SEC(".maps");
 
 /* Connections by pod and reason. Written by every program; read by user
  * space. Full: a count is lost, no decision.

@@ -9,97 +9,128 @@
 #include "maps.h"
 #include "addr.h"
 #include "rules.h"
+#include "targets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-static __always_inline struct record *captured_record(struct bpf_sock_addr *ctx)
-{
-	struct record *rec;
+enum which {
+	PEER,
+	NAME,
+};
 
+/* An end of a connection that came about by the address book. */
+static __always_inline bool shown_by_target(struct bpf_sock_addr *ctx, enum which which,
+					    struct addr *addr, __u16 *port)
+{
+	__be32 local = NOW(ctx->sk->src_ip4), remote = NOW(ctx->sk->dst_ip4);
+	const struct addr *source = 0;
+	struct target *t;
+	struct pod *pod;
+	__u64 cookie;
+
+	if (!target_index_of(local) && !target_index_of(remote))
+		return false;
+	cookie = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod)
+		return false;
+	t = target_of_end(pod, cookie, remote, bpf_ntohs(ctx->sk->dst_port));
+	if (t && which == PEER) { /* the client's peer: what it dialled */
+		*addr = t->dst;
+		*port = t->port;
+		return true;
+	}
+	if (!t && which == PEER) /* the proxy's peer */
+		t = target_of_end(pod, cookie, local, ctx->sk->src_port);
+	if (t && addr_is_loopback(addr))
+		source = target_source(pod, cookie, t);
+	if (source)
+		*addr = *source;
+	return source;
+}
+
+/* An end of a connection that was announced. */
+static __always_inline bool shown_by_record(struct bpf_sock_addr *ctx, enum which which,
+					    struct addr *addr, __u16 *port)
+{
+	struct record *rec = bpf_sk_storage_get(&orig_dst, ctx->sk, 0, 0);
+	bool client;
+
+	if (!rec || !is_captured(rec->reason))
+		return false;
+	client = !(rec->flags & RECORD_ACCEPTED);
+	if (client && which == PEER) {
+		*addr = rec->dst;
+		*port = rec->dport;
+		return true;
+	}
+	/* The pod's address in place of the loopback source that the kernel chose;
+	 * a socket that is not connected any more shows its own.
+	 */
+	if (client == (which == PEER) || !(rec->flags & RECORD_PRESENT_SRC) ||
+	    !addr_is_loopback(addr) || addr_is_any(&rec->src) || !ctx->sk->dst_port)
+		return false;
+	*addr = rec->src;
+	return true;
+}
+
+static __always_inline bool shown(struct bpf_sock_addr *ctx, enum which which, struct addr *addr,
+				  __u16 *port)
+{
 	if (!ctx->sk)
-		return 0;
-	rec = bpf_sk_storage_get(&orig_dst, ctx->sk, 0, 0);
-	return rec && is_captured(rec->reason) ? rec : 0;
+		return false;
+	return shown_by_record(ctx, which, addr, port) || shown_by_target(ctx, which, addr, port);
 }
 
-/* The pod's address in place of the loopback source that the kernel chose. */
-static __always_inline const struct addr *presented(const struct record *rec,
-						    const struct addr *now)
+static __always_inline int show4(struct bpf_sock_addr *ctx, enum which which)
 {
-	if (!(rec->flags & RECORD_PRESENT_SRC) || !addr_is_loopback(now))
-		return 0;
-	return addr_is_any(&rec->src) ? 0 : &rec->src;
-}
+	__u16 port = bpf_ntohs(ctx->user_port);
+	struct addr addr;
 
-static __always_inline const struct addr *peer(const struct record *rec, const struct addr *now)
-{
-	return rec->flags & RECORD_ACCEPTED ? presented(rec, now) : &rec->dst;
-}
-
-static __always_inline const struct addr *name(const struct record *rec, const struct addr *now)
-{
-	return rec->flags & RECORD_ACCEPTED ? 0 : presented(rec, now);
-}
-
-static __always_inline int show4(struct bpf_sock_addr *ctx, bool of_peer)
-{
-	struct record *rec = captured_record(ctx);
-	const struct addr *shown;
-	struct addr now;
-
-	if (!rec)
-		return 1;
-	addr_set4(&now, ctx->user_ip4);
-	shown = of_peer ? peer(rec, &now) : name(rec, &now);
-	if (!shown)
-		return 1;
-	ctx->user_ip4 = addr_word(shown, 3);
-	if (of_peer && !(rec->flags & RECORD_ACCEPTED))
-		ctx->user_port = bpf_htons(rec->dport);
+	addr_set4(&addr, ctx->user_ip4);
+	if (shown(ctx, which, &addr, &port)) {
+		ctx->user_ip4 = addr_word(&addr, 3);
+		ctx->user_port = bpf_htons(port);
+	}
 	return 1;
 }
 
-static __always_inline int show6(struct bpf_sock_addr *ctx, bool of_peer)
+static __always_inline int show6(struct bpf_sock_addr *ctx, enum which which)
 {
-	struct record *rec = captured_record(ctx);
-	const struct addr *shown;
-	struct addr now;
+	__u16 port = bpf_ntohs(ctx->user_port);
+	struct addr addr;
 
-	if (!rec)
-		return 1;
-	addr_set(&now, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
-	shown = of_peer ? peer(rec, &now) : name(rec, &now);
-	if (!shown)
-		return 1;
-	ctx->user_ip6[0] = addr_word(shown, 0);
-	ctx->user_ip6[1] = addr_word(shown, 1);
-	ctx->user_ip6[2] = addr_word(shown, 2);
-	ctx->user_ip6[3] = addr_word(shown, 3);
-	if (of_peer && !(rec->flags & RECORD_ACCEPTED))
-		ctx->user_port = bpf_htons(rec->dport);
+	addr_set(&addr, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	if (shown(ctx, which, &addr, &port)) {
+		ctx->user_ip6[0] = addr_word(&addr, 0);
+		ctx->user_ip6[1] = addr_word(&addr, 1);
+		ctx->user_ip6[2] = addr_word(&addr, 2);
+		ctx->user_ip6[3] = addr_word(&addr, 3);
+		ctx->user_port = bpf_htons(port);
+	}
 	return 1;
 }
 
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	return show4(ctx, true);
+	return show4(ctx, PEER);
 }
 
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	return show6(ctx, true);
+	return show6(ctx, PEER);
 }
 
 SEC("cgroup/getsockname4")
 int getsockname4(struct bpf_sock_addr *ctx)
 {
-	return show4(ctx, false);
+	return show4(ctx, NAME);
 }
 
 SEC("cgroup/getsockname6")
 int getsockname6(struct bpf_sock_addr *ctx)
 {
-	return show6(ctx, false);
+	return show6(ctx, NAME);
 }

@@ -25,20 +25,28 @@ static __always_inline enum rule_verdict port_rule(__u32 rules_id, enum directio
 	return verdict ? *verdict : 0;
 }
 
-/* The caller's exemption: the UID's if it has one, else the GID's. */
-static __always_inline enum id_verdict proxy_verdict(__u32 rules_id)
+/* An exemption: the UID's if it has one, else the GID's. */
+static __always_inline enum id_verdict proxy_verdict(__u32 rules_id, __u32 uid, __u32 gid)
 {
-	__u64 id = bpf_get_current_uid_gid();
-	struct proxy_id_key key = { .rules_id = rules_id, .kind = ID_UID, .id = (__u32)id };
+	struct proxy_id_key key = { .rules_id = rules_id, .kind = ID_UID, .id = uid };
 	enum id_verdict *verdict = bpf_map_lookup_elem(&proxy_ids, &key);
 
 	if (verdict)
 		return *verdict;
 	key.kind = ID_GID;
-	key.id = id >> 32;
+	key.id = gid;
 	verdict = bpf_map_lookup_elem(&proxy_ids, &key);
 	return verdict ? *verdict : 0;
 }
+
+/* Was this socket bound to its port by the proxy? (sk may be any kind of socket
+ * pointer, which a function could not take.)
+ */
+#define BOUND_BY_PROXY(sk, pod)                                               \
+	({                                                                    \
+		struct binder *b_ = bpf_sk_storage_get(&binders, (sk), 0, 0); \
+		b_ &&proxy_verdict((pod)->rules_id, b_->uid, b_->gid);        \
+	})
 
 static __always_inline bool cidr_captures(const struct pod *pod, const struct addr *dst)
 {
@@ -72,17 +80,20 @@ static __always_inline enum reason decide_out(__u64 cookie, const struct pod *po
 	bool lo = addr_is_lo_address(dst);
 	bool local = addr_is_loopback(dst) || own_addr(&own_addrs, cookie, dst);
 	enum id_verdict proxy;
+	__u64 id;
 
 	if (!addr_is_unicast(dst))
 		return LEFT_TO_KERNEL;
 	if (!local && addr_is_any(addr_is4(dst) ? &pod->addr4 : &pod->addr6) &&
 	    !addr_is_link_local6(dst))
 		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
-	if (port_rule(pod->rules_id, DIR_OUT, port) == RULE_DIRECT)
+	if (pod->flags & POD_OUT_HAS_PORTS &&
+	    port_rule(pod->rules_id, DIR_OUT, port) == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */
 	if (local && addr_is_proxy_source(src))
 		return DIRECT_PROXY_SOURCE; /* O2 */
-	proxy = proxy_verdict(pod->rules_id);
+	id = bpf_get_current_uid_gid();
+	proxy = proxy_verdict(pod->rules_id, (__u32)id, id >> 32);
 	if (proxy == ID_EXEMPT_SELF && local && !lo && port != PORT_HBONE)
 		return CAPTURED_SELF; /* O3, O6 */
 	if (local && !(pod->flags & POD_LOCAL_CAPTURABLE))

@@ -59,6 +59,13 @@ enum pod_flags {
 	POD_LOCAL_CAPTURABLE = 1 << 4, /* an include CIDR is itself loopback: no O4 */
 	POD_INBOUND_TC = 1 << 5, /* the TC ingress program is attached as well */
 	POD_GUARD = 1 << 6, /* the TC egress guard is attached */
+	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
+	/* set and cleared by sockops and user space as the proxy listens: its
+	 * listener on that port is in listeners, so it gets whatever is sent to
+	 * any loopback address
+	 */
+	POD_OUT_ASSIGNABLE = 1 << 8,
+	POD_IN_ASSIGNABLE = 1 << 9,
 };
 
 /* pods: netns cookie -> pod */
@@ -159,7 +166,6 @@ struct listener_key {
 enum record_flags {
 	RECORD_ACCEPTED = 1 << 0, /* the proxy's end of a captured connection */
 	RECORD_PRESENT_SRC = 1 << 1, /* show src in place of the loopback source */
-	RECORD_PROXY_BOUND = 1 << 2, /* bound by the proxy's UID or GID */
 };
 
 /* orig_dst (socket storage) and handshakes: what a connection was meant to be */
@@ -172,12 +178,40 @@ struct record {
 	enum record_flags flags;
 };
 
+/* binders (socket storage): who bound a socket to a proxy's port */
+struct binder {
+	__u32 uid;
+	__u32 gid;
+};
+
 struct handshake_key {
 	__u64 cookie;
 	struct addr client;
 	struct addr server;
 	__u16 client_port;
 	__u16 server_port;
+	__u32 pad;
+};
+
+/* targets: the loopback address 127.192.0.0 + index -> the destination it stands
+ * for in this pod
+ */
+struct target_key {
+	__u64 cookie;
+	__u32 index;
+	__u32 pad;
+};
+
+struct target {
+	struct addr dst;
+	__u16 port;
+	__u16 pad;
+};
+
+/* target_index: destination -> index */
+struct target_index_key {
+	__u64 cookie;
+	struct target target;
 	__u32 pad;
 };
 
@@ -196,6 +230,9 @@ _Static_assert(sizeof(struct cidr6_key) == 24, "cidr6_key");
 _Static_assert(sizeof(struct listener_key) == 16, "listener_key");
 _Static_assert(sizeof(struct record) == 44, "record");
 _Static_assert(sizeof(struct handshake_key) == 48, "handshake_key");
+_Static_assert(sizeof(struct target_key) == 16, "target_key");
+_Static_assert(sizeof(struct target) == 20, "target");
+_Static_assert(sizeof(struct target_index_key) == 32, "target_index_key");
 _Static_assert(sizeof(struct stat_key) == 16, "stat_key");
 
 #endif

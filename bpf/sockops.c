@@ -13,6 +13,8 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+#define DEFAULT_OUT_PORT 15001
+#define DEFAULT_IN_PORT 15006
 #define EEXIST 17
 #define EOPNOTSUPP 95
 
@@ -127,10 +129,14 @@ static __always_inline void on_client_state(struct bpf_sock_ops *ctx)
 {
 	struct handshake_key key = {};
 
-	if (ctx->args[1] != BPF_TCP_CLOSE)
-		return;
+	if (ctx->args[1] == BPF_TCP_ESTABLISHED)
+		return; /* here, and not yet at the proxy */
 	client_key(ctx, &key);
-	remove_handshake(&key);
+	if (ctx->args[1] == BPF_TCP_CLOSE)
+		remove_handshake(&key);
+	else if (!bpf_map_lookup_elem(&handshakes, &key)) /* accepted: nothing to do any more */
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
@@ -148,6 +154,8 @@ static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
 	if (!pod || !is_capture_port(pod, ctx->local_port))
 		return;
 	server_key(ctx, &key);
+	if (addr_is4(&key.server) && target_index_of(addr_word(&key.server, 3)))
+		return; /* the address says it all */
 	waiting = bpf_map_lookup_elem(&handshakes, &key);
 	if (!waiting)
 		return;
@@ -174,7 +182,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
 	struct listener_key key = {};
 	struct bpf_sock *sk = ctx->sk;
-	struct record *rec;
+	__u32 assignable;
 	struct addr local;
 	struct pod *pod;
 	long err;
@@ -186,8 +194,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	pod = bpf_map_lookup_elem(&pods, &key.cookie);
 	if (!pod || !is_capture_port(pod, ctx->local_port))
 		return;
-	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-	if (!rec || !(rec->flags & RECORD_PROXY_BOUND))
+	if (!BOUND_BY_PROXY(sk, pod))
 		return;
 	local_addr(ctx, &local);
 	if (!addr_is_any(&local) &&
@@ -195,12 +202,17 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 		return;
 	key.port = ctx->local_port;
 	key.family = ctx->family;
+	assignable = key.port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
 	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
 		key.slot = i;
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
-		if (!err)
+		if (!err) {
+			if (key.family == AF_INET) /* an AF_INET6 one may be V6ONLY */
+				__sync_fetch_and_or(&pod->flags, assignable);
 			return;
+		}
 		if (err == -EOPNOTSUPP) {
+			__sync_fetch_and_and(&pod->flags, ~assignable);
 			count(key.cookie, LISTENER_NOT_MAPPABLE);
 			return;
 		}
@@ -230,18 +242,24 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/* Sockops cannot ask who calls listen(): bind(), in the same process, can. */
+/* Sockops cannot ask who calls listen(): bind(), in the same process, can. In a
+ * namespace that is not enrolled (yet) the usual ports are noted.
+ */
 static __always_inline int on_bound(struct bpf_sock *ctx)
 {
-	__u64 cookie = bpf_get_netns_cookie(ctx);
+	__u64 cookie = bpf_get_netns_cookie(ctx), id;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
-	struct record *rec;
+	__u32 port = ctx->src_port;
+	struct binder *binder;
 
-	if (!pod || !is_capture_port(pod, ctx->src_port) || !proxy_verdict(pod->rules_id))
+	if (pod ? !is_capture_port(pod, port) : port != DEFAULT_OUT_PORT && port != DEFAULT_IN_PORT)
 		return 1;
-	rec = bpf_sk_storage_get(&orig_dst, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (rec)
-		rec->flags |= RECORD_PROXY_BOUND;
+	binder = bpf_sk_storage_get(&binders, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!binder)
+		return 1;
+	id = bpf_get_current_uid_gid();
+	binder->uid = id;
+	binder->gid = id >> 32;
 	return 1;
 }
 

@@ -10,6 +10,7 @@
 #include "addr.h"
 #include "rules.h"
 #include "stats.h"
+#include "targets.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -95,6 +96,7 @@ int getsockopt(struct bpf_sockopt *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct record *rec;
 	struct addr local;
+	struct target *t;
 	struct pod *pod;
 	__u64 cookie;
 
@@ -110,12 +112,17 @@ int getsockopt(struct bpf_sockopt *ctx)
 		goto untouched;
 	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
 	if (rec && (!(rec->flags & RECORD_ACCEPTED) || is_captured(rec->reason)))
-		return rec->dport ? answer(ctx, &rec->dst, rec->dport) : 1;
+		return rec->reason == PASSED_BEFORE ? 1 : answer(ctx, &rec->dst, rec->dport);
+	t = target_of_end(pod, cookie, NOW(sk->src_ip4), sk->src_port);
+	if (!t)
+		t = target_of_end(pod, cookie, NOW(sk->dst_ip4), bpf_ntohs(sk->dst_port));
+	if (t)
+		return answer(ctx, &t->dst, t->port);
 	if (kernel_answered(ctx, sk->src_port))
 		goto untouched;
 	addr_of_sock(&local, sk);
 	if (sk->src_port == pod->out_port ||
-	    (addr_is4(&local) && (addr_v4(&local) & ~SPREAD4_MASK) == SPREAD4))
+	    (addr_is4(&local) && addr_v4(&local) >= SPREAD4 && addr_is_loopback(&local)))
 		return no_answer(ctx, cookie);
 	if (!ctx->retval)
 		goto untouched; /* conntrack answers with the local address too */

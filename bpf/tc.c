@@ -171,13 +171,27 @@ static __always_inline bool somebody_has(struct __sk_buff *skb, struct scratch *
 	return true;
 }
 
+/* What user space noted of an MPTCP listener stands on the msk, not on the
+ * subflow that listens.
+ */
+static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *pod)
+{
+	struct mptcp_sock *msk;
+
+	if (BOUND_BY_PROXY(sk, pod))
+		return true;
+	if (!have_mptcp_sock)
+		return false;
+	msk = bpf_skc_to_mptcp_sock(sk);
+	return msk && BOUND_BY_PROXY(msk, pod);
+}
+
 SEC("tc")
 int tc_inbound(struct __sk_buff *skb)
 {
 	struct scratch *this = this_cpu();
 	struct bpf_sock_tuple tuple = {};
 	struct packet p = {};
-	struct record *rec;
 	struct bpf_sock *sk;
 	struct pod *pod;
 	__u64 cookie;
@@ -218,9 +232,7 @@ int tc_inbound(struct __sk_buff *skb)
 	}
 	if (!sk)
 		return NEXT;
-	rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-	if (rec && rec->flags & RECORD_PROXY_BOUND && !bpf_sk_assign(skb, sk, 0) &&
-	    p.flags & TCP_FLAG_SYN)
+	if (proxys_own(sk, pod) && !bpf_sk_assign(skb, sk, 0) && p.flags & TCP_FLAG_SYN)
 		count(cookie, CAPTURED_IN);
 	bpf_sk_release(sk);
 	return NEXT;

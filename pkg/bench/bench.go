@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -58,8 +57,8 @@ func (o Options) incarnations() int {
 	return fullIncarnations
 }
 
-// Bench is one incarnation.
-type Bench struct {
+// stage is one incarnation: everything that is made to be measured.
+type stage struct {
 	opts     Options
 	node     *node
 	backends map[string]*backend
@@ -91,7 +90,7 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 }
 
 func runOnce(ctx context.Context, opts Options, incarnation int, all series, leftOut map[string]string) (err error) {
-	b := &Bench{opts: opts, backends: map[string]*backend{}, callers: map[string]*process{}, leftOut: leftOut}
+	b := &stage{opts: opts, backends: map[string]*backend{}, callers: map[string]*process{}, leftOut: leftOut}
 	defer func() { err = errors.Join(err, b.Close()) }()
 	if err := b.setUp(ctx); err != nil {
 		return err
@@ -100,7 +99,7 @@ func runOnce(ctx context.Context, opts Options, incarnation int, all series, lef
 	if err != nil {
 		return err
 	}
-	defer closeSetups()
+	defer func() { err = errors.Join(err, closeSetups()) }()
 	workloads, err := opts.chosen(append(append(b.connections(), b.bystanders()...), setups))
 	if err != nil {
 		return err
@@ -116,7 +115,7 @@ func runOnce(ctx context.Context, opts Options, incarnation int, all series, lef
 	return nil
 }
 
-func (b *Bench) setUp(ctx context.Context) error {
+func (b *stage) setUp(ctx context.Context) error {
 	var err error
 	if b.node, err = newNode(); err != nil {
 		return err
@@ -153,7 +152,7 @@ func (b *Bench) setUp(ctx context.Context) error {
 }
 
 // leaveOut does without a backend, and remembers why.
-func (b *Bench) leaveOut(name string, why error) {
+func (b *stage) leaveOut(name string, why error) {
 	if back := b.backends[name]; back != nil {
 		why = errors.Join(why, back.Close())
 		delete(b.backends, name)
@@ -193,7 +192,7 @@ func (o Options) chosen(all []workload) ([]workload, error) {
 }
 
 // Close ends every process and removes what the run made. It is idempotent.
-func (b *Bench) Close() error {
+func (b *stage) Close() error {
 	var errs error
 	for name, back := range b.backends {
 		errs = errors.Join(errs, back.Close())
@@ -228,12 +227,4 @@ func loopbackUp(ns *netns.NetNS) error {
 		return fmt.Errorf("bring up lo: %w", err)
 	}
 	return nil
-}
-
-// WriteFile writes a result where it is asked for: DIR/bench.json.
-func (r *Result) WriteFile(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("make the output directory: %w", err)
-	}
-	return r.write(dir)
 }

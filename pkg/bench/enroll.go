@@ -11,7 +11,7 @@ import (
 // setups measures how long one pod's redirection takes to write, in namespaces
 // that are ready and empty, as a runtime hands them to a CNI plugin: Enroll in
 // this process, beside one iptables-restore of the same rules.
-func (b *Bench) setups() (workload, func() error, error) {
+func (b *stage) setups() (workload, func() error, error) {
 	w := workload{name: "enroll", unit: "us", rounds: b.opts.rounds() / 3}
 	sites := map[string]*site{}
 	closeAll := func() error {
@@ -54,7 +54,7 @@ func timeRestore(s *site, kind string) (map[string][]float64, error) {
 	return single([]float64{float64(time.Since(start))}), err
 }
 
-func (b *Bench) timeEnroll(s *site, noGuard bool) (map[string][]float64, error) {
+func (b *stage) timeEnroll(s *site, noGuard bool) (map[string][]float64, error) {
 	var out []float64
 	for range 3 {
 		start := time.Now()

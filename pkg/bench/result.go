@@ -118,8 +118,11 @@ func (r *Result) set(name string, values rounds) {
 	r.order = append(r.order, name)
 }
 
-// write replaces DIR/bench.json.
-func (r *Result) write(dir string) error {
+// WriteFile writes DIR/bench.json.
+func (r *Result) WriteFile(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make the output directory: %w", err)
+	}
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write the result: %w", err)

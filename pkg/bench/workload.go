@@ -67,7 +67,7 @@ const (
 )
 
 // workloads of the connections' kind.
-func (b *Bench) connections() []workload {
+func (b *stage) connections() []workload {
 	dial := job{Kind: jobDial, Warm: sliceWarm, Count: sliceConns, Size: echoBytes}
 	echo := job{Kind: jobEcho, Warm: warmEchoes, Count: sliceEchoes, Size: echoBytes}
 	bulk := job{Kind: jobEcho, Warm: warmEchoes, Count: sliceEchoes / 3, Size: bulkBytes}
@@ -86,7 +86,7 @@ func (b *Bench) connections() []workload {
 }
 
 // overLeg is a workload of connections; backends that are missing are left out.
-func (b *Bench) overLeg(name string, rounds int, j job, legOf func(*backend) leg, names []string) workload {
+func (b *stage) overLeg(name string, rounds int, j job, legOf func(*backend) leg, names []string) workload {
 	w := workload{name: name, unit: "us", rounds: rounds}
 	for _, n := range names {
 		if b.backends[n] != nil {
@@ -107,7 +107,7 @@ func (b *Bench) overLeg(name string, rounds int, j job, legOf func(*backend) leg
 }
 
 // workloads of the bystander's kind: what a process outside the mesh pays.
-func (b *Bench) bystanders() []workload {
+func (b *stage) bystanders() []workload {
 	var out []workload
 	for _, c := range []call{callConnectTCP, callConnectUDP, callGetsockopt, callGetsockname, callGetpeername} {
 		out = append(out, workload{

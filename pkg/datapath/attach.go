@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
@@ -132,9 +133,27 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, ns *netns.Ne
 // along, and leaves only pins.
 func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	dir := d.podDir(cookie)
-	err := d.detachExcept(dir, nil, ns)
+	// Removing a pin detaches later, from a worker: until then the pod, which is
+	// not in the map any more, would be refused everything.
+	err := detachNow(filepath.Join(dir, progInbound))
+	err = errors.Join(err, d.detachExcept(dir, nil, ns))
 	if e := os.RemoveAll(dir); e != nil {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}
 	return err
+}
+
+func detachNow(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open %s: %w", pin, err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detach %s: %w", pin, err)
+	}
+	return nil
 }

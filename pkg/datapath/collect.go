@@ -14,6 +14,7 @@ import (
 // TCP states, as in tcp_states.h.
 const (
 	tcpSynSent = 2
+	tcpClose   = 7
 	tcpListen  = 10
 )
 
@@ -24,15 +25,11 @@ const listenerSlots = 64 // SLUICE_LISTENER_SLOTS
 // retransmitted SYN alone; the proxy's listeners are noted, for sockops sees
 // only those that come later.
 func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) error {
-	sockets, err := ns.TCPSockets(tcpSynSent, tcpListen)
-	compiled := pod.Rules.Compile()
+	sockets, err := ns.TCPSockets(tcpSynSent, tcpListen, tcpClose)
 	for _, s := range sockets {
-		_, uid := compiled.UIDs[s.UID]
-		_, gid := compiled.GIDs[s.GID]
-		switch {
-		case s.State == tcpSynSent:
-			err = errors.Join(err, d.writeRecord(s, connectRecord{Reason: connectReasonPASSED_BEFORE}, &out.Before))
-		case uid || gid:
+		if s.State == tcpSynSent {
+			err = errors.Join(err, d.passBefore(s, out))
+		} else {
 			err = errors.Join(err, d.noteListener(ns.Cookie(), s, pod, out))
 		}
 		err = errors.Join(err, s.File.Close())
@@ -40,19 +37,23 @@ func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) error {
 	return err
 }
 
-// writeRecord adds a record to a socket that has none.
-func (d *Datapath) writeRecord(s netns.Socket, record connectRecord, n *int) error {
+// passBefore marks a socket that the connect hook has not judged.
+func (d *Datapath) passBefore(s netns.Socket, out *Enrolment) error {
+	record := connectRecord{Reason: connectReasonPASSED_BEFORE}
 	err := d.maps["orig_dst"].Update(uint32(s.File.Fd()), record, ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
-		return nil // it was judged by the connect hook meanwhile
+		return nil // judged meanwhile
 	}
 	if err != nil {
 		return fmt.Errorf("mark a socket of process %d: %w", s.PID, err)
 	}
-	*n++
+	out.Before++
 	return nil
 }
 
+// noteListener notes who bound a socket to one of the proxy's ports and, if it
+// is the proxy's and listens, the socket itself. A socket that is only bound yet
+// is noted by sockops when it listens.
 func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enrolment) error {
 	sa, err := unix.Getsockname(int(s.File.Fd()))
 	if err != nil {
@@ -73,12 +74,16 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 	if key.Port != pod.Rules.OutboundPort && key.Port != pod.Rules.InboundPort {
 		return nil
 	}
-	n := 0
-	if err := d.writeRecord(s, connectRecord{Flags: connectRecordFlagsRECORD_PROXY_BOUND}, &n); err != nil {
-		return err
+	// post_bind knows better who it was, where it was there.
+	err = d.maps["binders"].Update(uint32(s.File.Fd()), connectBinder{Uid: s.UID, Gid: s.GID}, ebpf.UpdateNoExist)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("note a socket of process %d: %w", s.PID, err)
 	}
-	if local.Addr().IsLoopback() {
-		return nil // istio-validation's: the kernel finds it by itself
+	compiled := pod.Rules.Compile()
+	_, uid := compiled.UIDs[s.UID]
+	_, gid := compiled.GIDs[s.GID]
+	if s.State != tcpListen || !uid && !gid || local.Addr().IsLoopback() {
+		return nil // a loopback one is istio-validation's: the kernel finds it by itself
 	}
 	err = d.insertListener(key, s)
 	if errors.Is(err, unix.EOPNOTSUPP) {
@@ -87,10 +92,32 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 		}
 		return nil
 	}
-	if err == nil {
-		out.Listeners++
+	if err != nil {
+		return err
 	}
-	return err
+	out.Listeners++
+	if key.Family != unix.AF_INET {
+		return nil
+	}
+	flag := connectPodFlagsPOD_IN_ASSIGNABLE
+	if key.Port == pod.Rules.OutboundPort {
+		flag = connectPodFlagsPOD_OUT_ASSIGNABLE
+	}
+	return d.setFlag(cookie, flag)
+}
+
+// setFlag adds a flag to a pod's entry. sockops sets the same flags meanwhile;
+// one that is lost costs a lookup per connect, no more.
+func (d *Datapath) setFlag(cookie uint64, flag connectPodFlags) error {
+	var p connectPod
+	if err := d.maps["pods"].Lookup(cookie, &p); err != nil {
+		return fmt.Errorf("read the pod's entry: %w", err)
+	}
+	p.Flags |= flag
+	if err := d.maps["pods"].Update(cookie, p, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("change the pod's entry: %w", err)
+	}
+	return nil
 }
 
 // insertListener puts a listener into the first free slot, unless it is in one.

@@ -18,6 +18,12 @@ type connectAddr struct {
 	B [16]uint8
 }
 
+type connectBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type connectCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -99,6 +105,9 @@ const (
 	connectPodFlagsPOD_LOCAL_CAPTURABLE    connectPodFlags = 16
 	connectPodFlagsPOD_INBOUND_TC          connectPodFlags = 32
 	connectPodFlagsPOD_GUARD               connectPodFlags = 64
+	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
+	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
+	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512
 )
 
 type connectPodName struct {
@@ -168,7 +177,6 @@ type connectRecordFlags uint32
 const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
-	connectRecordFlagsRECORD_PROXY_BOUND connectRecordFlags = 4
 )
 
 type connectRuleSet struct {
@@ -197,6 +205,27 @@ type connectStatKey struct {
 	Pad    uint32
 }
 
+type connectTarget struct {
+	_    structs.HostLayout
+	Dst  connectAddr
+	Port uint16
+	Pad  uint16
+}
+
+type connectTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target connectTarget
+	Pad    uint32
+}
+
+type connectTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type connectTcProg uint32
 
 const (
@@ -208,6 +237,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	connectMapBinders            = "binders"
 	connectMapCidrRules4         = "cidr_rules4"
 	connectMapCidrRules6         = "cidr_rules6"
 	connectMapHandshakeUse       = "handshake_use"
@@ -224,12 +254,16 @@ const (
 	connectMapRuleSets           = "rule_sets"
 	connectMapScratch            = "scratch"
 	connectMapStats              = "stats"
+	connectMapTargetIndex        = "target_index"
+	connectMapTargetUse          = "target_use"
+	connectMapTargets            = "targets"
 	connectProgConnect4          = "connect4"
 	connectProgConnect6          = "connect6"
 	connectVarHandshakeShare     = "handshake_share"
 	connectVarHaveIngressIfindex = "have_ingress_ifindex"
 	connectVarHaveMptcpSock      = "have_mptcp_sock"
 	connectVarHaveSetRetval      = "have_set_retval"
+	connectVarTargetShare        = "target_share"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -282,6 +316,7 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -298,6 +333,9 @@ type connectMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -308,6 +346,7 @@ type connectVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // connectObjects contains all objects after they have been loaded into the kernel.
@@ -330,6 +369,7 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -346,10 +386,14 @@ type connectMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -366,6 +410,9 @@ func (m *connectMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 
@@ -377,6 +424,7 @@ type connectVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // connectPrograms contains all programs after they have been loaded into the kernel.

@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type inboundBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type inboundCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -150,6 +156,30 @@ type inboundStatKey struct {
 	Pad    uint32
 }
 
+type inboundTarget struct {
+	_   structs.HostLayout
+	Dst struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Port uint16
+	Pad  uint16
+}
+
+type inboundTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target inboundTarget
+	Pad    uint32
+}
+
+type inboundTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type inboundTcProg uint32
 
 const (
@@ -161,6 +191,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	inboundMapBinders            = "binders"
 	inboundMapCidrRules4         = "cidr_rules4"
 	inboundMapCidrRules6         = "cidr_rules6"
 	inboundMapHandshakeUse       = "handshake_use"
@@ -177,11 +208,15 @@ const (
 	inboundMapRuleSets           = "rule_sets"
 	inboundMapScratch            = "scratch"
 	inboundMapStats              = "stats"
+	inboundMapTargetIndex        = "target_index"
+	inboundMapTargetUse          = "target_use"
+	inboundMapTargets            = "targets"
 	inboundProgInbound           = "inbound"
 	inboundVarHandshakeShare     = "handshake_share"
 	inboundVarHaveIngressIfindex = "have_ingress_ifindex"
 	inboundVarHaveMptcpSock      = "have_mptcp_sock"
 	inboundVarHaveSetRetval      = "have_set_retval"
+	inboundVarTargetShare        = "target_share"
 )
 
 // loadInbound returns the embedded CollectionSpec for inbound.
@@ -233,6 +268,7 @@ type inboundProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type inboundMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -249,6 +285,9 @@ type inboundMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // inboundVariableSpecs contains global variables before they are loaded into the kernel.
@@ -259,6 +298,7 @@ type inboundVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // inboundObjects contains all objects after they have been loaded into the kernel.
@@ -281,6 +321,7 @@ func (o *inboundObjects) Close() error {
 //
 // It can be passed to loadInboundObjects or ebpf.CollectionSpec.LoadAndAssign.
 type inboundMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -297,10 +338,14 @@ type inboundMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *inboundMaps) Close() error {
 	return _InboundClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -317,6 +362,9 @@ func (m *inboundMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 
@@ -328,6 +376,7 @@ type inboundVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // inboundPrograms contains all programs after they have been loaded into the kernel.

@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type namesBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type namesCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -150,6 +156,30 @@ type namesStatKey struct {
 	Pad    uint32
 }
 
+type namesTarget struct {
+	_   structs.HostLayout
+	Dst struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Port uint16
+	Pad  uint16
+}
+
+type namesTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target namesTarget
+	Pad    uint32
+}
+
+type namesTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type namesTcProg uint32
 
 const (
@@ -161,6 +191,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	namesMapBinders       = "binders"
 	namesMapCidrRules4    = "cidr_rules4"
 	namesMapCidrRules6    = "cidr_rules6"
 	namesMapHandshakeUse  = "handshake_use"
@@ -177,6 +208,9 @@ const (
 	namesMapRuleSets      = "rule_sets"
 	namesMapScratch       = "scratch"
 	namesMapStats         = "stats"
+	namesMapTargetIndex   = "target_index"
+	namesMapTargetUse     = "target_use"
+	namesMapTargets       = "targets"
 	namesProgGetpeername4 = "getpeername4"
 	namesProgGetpeername6 = "getpeername6"
 	namesProgGetsockname4 = "getsockname4"
@@ -235,6 +269,7 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -251,6 +286,9 @@ type namesMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -279,6 +317,7 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -295,10 +334,14 @@ type namesMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *namesMaps) Close() error {
 	return _NamesClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -315,6 +358,9 @@ func (m *namesMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 

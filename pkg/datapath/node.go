@@ -87,6 +87,7 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 		"have_set_retval": d.features.SetRetval,
 		"have_mptcp_sock": d.features.MPTCPSock,
 		"handshake_share": d.opts.HandshakeShare,
+		"target_share":    d.opts.TargetShare,
 	}
 	programs := map[string]*ebpf.Program{}
 	var loaded []*ebpf.Collection

@@ -66,7 +66,8 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
 		}
-		return Enrolment{}, err
+		// Its rules may be written, and no pod has them.
+		return Enrolment{}, errors.Join(err, d.dropOrphans())
 	}
 	if out.Already && before.RulesId != d.rulesIDOf(ns.Cookie()) {
 		err = d.dropRules(before.RulesId)
@@ -103,11 +104,16 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.writeOwnAddrs(cookie, network.Addresses, out.Already); err != nil {
 		return err
 	}
-	if err := d.maps["handshake_use"].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-		return tableError("handshake_use", err)
+	for _, name := range []string{"handshake_use", "target_use"} {
+		if err := d.maps[name].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return tableError(name, err)
+		}
 	}
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
+	}
+	if out.Already {
+		value.Flags |= d.assignable(cookie)
 	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
@@ -138,7 +144,8 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
-	for _, name := range []string{"pods", "pod_names", "handshake_use"} {
+	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
+	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
@@ -150,6 +157,38 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
 	}
 	return errs
+}
+
+// deleteTargets removes a pod's address book. Its connections stay open; what
+// they show changes to what the kernel knows.
+func (d *Datapath) deleteTargets(cookie uint64) error {
+	var used uint32
+	if err := d.maps["target_use"].Lookup(cookie, &used); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("read target_use: %w", err)
+	}
+	var errs error
+	for index := range used {
+		key := connectTargetKey{Cookie: cookie, Index: index + 1}
+		var target connectTarget
+		if d.maps["targets"].Lookup(key, &target) != nil {
+			continue
+		}
+		errs = errors.Join(errs,
+			deleteKey(d.maps["target_index"], connectTargetIndexKey{Cookie: cookie, Target: target}),
+			deleteKey(d.maps["targets"], key))
+	}
+	return errs
+}
+
+// assignable are the flags that follow the proxy's listeners, not the rules.
+func (d *Datapath) assignable(cookie uint64) connectPodFlags {
+	var p connectPod
+	if d.maps["pods"].Lookup(cookie, &p) != nil {
+		return 0
+	}
+	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE)
 }
 
 func (d *Datapath) deleteStats(cookie uint64) error {

@@ -122,6 +122,9 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["cidr_rules6"], func(k connectCidr6Key) bool { return !used[k.RulesId] }),
 		deleteWhere(d.maps["pod_names"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["handshake_use"], func(cookie uint64) bool { return !pods[cookie] }),
+		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
+		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
+		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)

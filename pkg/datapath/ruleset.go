@@ -30,6 +30,9 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 			value.Flags |= connectPodFlagsPOD_OUT_HAS_CIDRS6
 		}
 	}
+	if len(compiled.OutPorts) > 0 {
+		value.Flags |= connectPodFlagsPOD_OUT_HAS_PORTS
+	}
 	if compiled.OutDefaultCapture {
 		value.Flags |= connectPodFlagsPOD_OUT_DEFAULT_CAPTURE
 	}

@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type sockopsBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type sockopsCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -150,6 +156,30 @@ type sockopsStatKey struct {
 	Pad    uint32
 }
 
+type sockopsTarget struct {
+	_   structs.HostLayout
+	Dst struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Port uint16
+	Pad  uint16
+}
+
+type sockopsTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target sockopsTarget
+	Pad    uint32
+}
+
+type sockopsTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type sockopsTcProg uint32
 
 const (
@@ -161,6 +191,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sockopsMapBinders            = "binders"
 	sockopsMapCidrRules4         = "cidr_rules4"
 	sockopsMapCidrRules6         = "cidr_rules6"
 	sockopsMapHandshakeUse       = "handshake_use"
@@ -177,6 +208,9 @@ const (
 	sockopsMapRuleSets           = "rule_sets"
 	sockopsMapScratch            = "scratch"
 	sockopsMapStats              = "stats"
+	sockopsMapTargetIndex        = "target_index"
+	sockopsMapTargetUse          = "target_use"
+	sockopsMapTargets            = "targets"
 	sockopsProgPostBind4         = "post_bind4"
 	sockopsProgPostBind6         = "post_bind6"
 	sockopsProgSockOps           = "sock_ops"
@@ -184,6 +218,7 @@ const (
 	sockopsVarHaveIngressIfindex = "have_ingress_ifindex"
 	sockopsVarHaveMptcpSock      = "have_mptcp_sock"
 	sockopsVarHaveSetRetval      = "have_set_retval"
+	sockopsVarTargetShare        = "target_share"
 )
 
 // loadSockops returns the embedded CollectionSpec for sockops.
@@ -237,6 +272,7 @@ type sockopsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sockopsMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -253,6 +289,9 @@ type sockopsMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // sockopsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -263,6 +302,7 @@ type sockopsVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // sockopsObjects contains all objects after they have been loaded into the kernel.
@@ -285,6 +325,7 @@ func (o *sockopsObjects) Close() error {
 //
 // It can be passed to loadSockopsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sockopsMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -301,10 +342,14 @@ type sockopsMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *sockopsMaps) Close() error {
 	return _SockopsClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -321,6 +366,9 @@ func (m *sockopsMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 
@@ -332,6 +380,7 @@ type sockopsVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // sockopsPrograms contains all programs after they have been loaded into the kernel.

@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type sockoptBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type sockoptCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -150,6 +156,30 @@ type sockoptStatKey struct {
 	Pad    uint32
 }
 
+type sockoptTarget struct {
+	_   structs.HostLayout
+	Dst struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Port uint16
+	Pad  uint16
+}
+
+type sockoptTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target sockoptTarget
+	Pad    uint32
+}
+
+type sockoptTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type sockoptTcProg uint32
 
 const (
@@ -161,6 +191,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sockoptMapBinders            = "binders"
 	sockoptMapCidrRules4         = "cidr_rules4"
 	sockoptMapCidrRules6         = "cidr_rules6"
 	sockoptMapHandshakeUse       = "handshake_use"
@@ -177,11 +208,15 @@ const (
 	sockoptMapRuleSets           = "rule_sets"
 	sockoptMapScratch            = "scratch"
 	sockoptMapStats              = "stats"
+	sockoptMapTargetIndex        = "target_index"
+	sockoptMapTargetUse          = "target_use"
+	sockoptMapTargets            = "targets"
 	sockoptProgGetsockopt        = "getsockopt"
 	sockoptVarHandshakeShare     = "handshake_share"
 	sockoptVarHaveIngressIfindex = "have_ingress_ifindex"
 	sockoptVarHaveMptcpSock      = "have_mptcp_sock"
 	sockoptVarHaveSetRetval      = "have_set_retval"
+	sockoptVarTargetShare        = "target_share"
 )
 
 // loadSockopt returns the embedded CollectionSpec for sockopt.
@@ -233,6 +268,7 @@ type sockoptProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sockoptMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -249,6 +285,9 @@ type sockoptMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // sockoptVariableSpecs contains global variables before they are loaded into the kernel.
@@ -259,6 +298,7 @@ type sockoptVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // sockoptObjects contains all objects after they have been loaded into the kernel.
@@ -281,6 +321,7 @@ func (o *sockoptObjects) Close() error {
 //
 // It can be passed to loadSockoptObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sockoptMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -297,10 +338,14 @@ type sockoptMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *sockoptMaps) Close() error {
 	return _SockoptClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -317,6 +362,9 @@ func (m *sockoptMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 
@@ -328,6 +376,7 @@ type sockoptVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // sockoptPrograms contains all programs after they have been loaded into the kernel.

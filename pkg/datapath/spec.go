@@ -34,12 +34,20 @@ type Options struct {
 	// Handshakes is the size of the map of that name; HandshakeShare is how
 	// many of them one pod may hold.
 	Handshakes, HandshakeShare uint32
-	Log                        logrus.FieldLogger
+	// Targets is the size of the address books together; TargetShare is how
+	// many destinations one pod's may hold.
+	Targets, TargetShare uint32
+	Log                  logrus.FieldLogger
 }
 
+// One pod may hold a quarter of handshakes, which a pod with a full backlog
+// fills, and a sixteenth of targets, which any pod fills that calls many
+// destinations.
 const (
-	defaultHandshakes = 65536
-	shareDivisor      = 4 // one pod may hold a quarter of the table
+	defaultHandshakes  = 65536
+	handshakeDivisor   = 4
+	defaultTargets     = 262144
+	targetShareDivisor = 16
 )
 
 func (o *Options) complete() {
@@ -50,7 +58,13 @@ func (o *Options) complete() {
 		o.Handshakes = defaultHandshakes
 	}
 	if o.HandshakeShare == 0 {
-		o.HandshakeShare = max(o.Handshakes/shareDivisor, 1)
+		o.HandshakeShare = max(o.Handshakes/handshakeDivisor, 1)
+	}
+	if o.Targets == 0 {
+		o.Targets = defaultTargets
+	}
+	if o.TargetShare == 0 {
+		o.TargetShare = max(o.Targets/targetShareDivisor, 1)
 	}
 	if o.Log == nil {
 		log := logrus.New()
@@ -128,16 +142,19 @@ func (d *Datapath) openMaps(create bool) error {
 	if err != nil {
 		return fmt.Errorf("read the map definitions: %w", err)
 	}
-	spec.Maps["handshakes"].MaxEntries = d.opts.Handshakes
+	sized := map[string]uint32{"handshakes": d.opts.Handshakes, "targets": d.opts.Targets, "target_index": d.opts.Targets}
 	for name, m := range spec.Maps {
 		if m.Type == ebpf.Array || name[0] == '.' {
 			continue // .rodata and the like belong to one program
+		}
+		if size, ok := sized[name]; ok {
+			m.MaxEntries = size
 		}
 		pin := filepath.Join(d.mapsDir(), name)
 		opened, err := ebpf.LoadPinnedMap(pin, nil)
 		switch {
 		case err == nil:
-			if name == "handshakes" {
+			if _, ok := sized[name]; ok {
 				m.MaxEntries = opened.MaxEntries() // chosen at the first start
 			}
 			if err := m.Compatible(opened); err != nil {

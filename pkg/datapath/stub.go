@@ -98,7 +98,10 @@ func (d *Datapath) loadShared() error {
 	if err != nil {
 		return fmt.Errorf("read the TC programs: %w", err)
 	}
-	values := map[string]any{"have_ingress_ifindex": d.features.IngressIfindex}
+	values := map[string]any{
+		"have_ingress_ifindex": d.features.IngressIfindex,
+		"have_mptcp_sock":      d.features.MPTCPSock,
+	}
 	for _, spec := range []*ebpf.CollectionSpec{inbound, tc} {
 		c, err := d.load(spec, values)
 		if err != nil {

@@ -13,6 +13,12 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type tcBinder struct {
+	_   structs.HostLayout
+	Uid uint32
+	Gid uint32
+}
+
 type tcCidr4Key struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -150,6 +156,30 @@ type tcStatKey struct {
 	Pad    uint32
 }
 
+type tcTarget struct {
+	_   structs.HostLayout
+	Dst struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Port uint16
+	Pad  uint16
+}
+
+type tcTargetIndexKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Target tcTarget
+	Pad    uint32
+}
+
+type tcTargetKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Index  uint32
+	Pad    uint32
+}
+
 type tcTcProg uint32
 
 const (
@@ -161,6 +191,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	tcMapBinders            = "binders"
 	tcMapCidrRules4         = "cidr_rules4"
 	tcMapCidrRules6         = "cidr_rules6"
 	tcMapHandshakeUse       = "handshake_use"
@@ -177,12 +208,16 @@ const (
 	tcMapRuleSets           = "rule_sets"
 	tcMapScratch            = "scratch"
 	tcMapStats              = "stats"
+	tcMapTargetIndex        = "target_index"
+	tcMapTargetUse          = "target_use"
+	tcMapTargets            = "targets"
 	tcProgGuard             = "guard"
 	tcProgTcInbound         = "tc_inbound"
 	tcVarHandshakeShare     = "handshake_share"
 	tcVarHaveIngressIfindex = "have_ingress_ifindex"
 	tcVarHaveMptcpSock      = "have_mptcp_sock"
 	tcVarHaveSetRetval      = "have_set_retval"
+	tcVarTargetShare        = "target_share"
 )
 
 // loadTc returns the embedded CollectionSpec for tc.
@@ -235,6 +270,7 @@ type tcProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcMapSpecs struct {
+	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
@@ -251,6 +287,9 @@ type tcMapSpecs struct {
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // tcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -261,6 +300,7 @@ type tcVariableSpecs struct {
 	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // tcObjects contains all objects after they have been loaded into the kernel.
@@ -283,6 +323,7 @@ func (o *tcObjects) Close() error {
 //
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcMaps struct {
+	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
@@ -299,10 +340,14 @@ type tcMaps struct {
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
+	TargetIndex  *ebpf.Map `ebpf:"target_index"`
+	TargetUse    *ebpf.Map `ebpf:"target_use"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *tcMaps) Close() error {
 	return _TcClose(
+		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.HandshakeUse,
@@ -319,6 +364,9 @@ func (m *tcMaps) Close() error {
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,
+		m.TargetIndex,
+		m.TargetUse,
+		m.Targets,
 	)
 }
 
@@ -330,6 +378,7 @@ type tcVariables struct {
 	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
 	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
 	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // tcPrograms contains all programs after they have been loaded into the kernel.

@@ -247,6 +247,34 @@ func (s *Sock) AcceptWithin(d time.Duration) (*Sock, error) {
 	}
 }
 
+// AcceptAny accepts from whichever listener has a connection within d.
+// ErrNobody if none has.
+func AcceptAny(d time.Duration, listeners ...*Sock) (*Sock, error) {
+	deadline := time.Now().Add(d)
+	for {
+		var fds []unix.PollFd
+		for _, l := range listeners {
+			fds = append(fds, unix.PollFd{Fd: int32(l.FD), Events: unix.POLLIN}) // poll skips closed ones, -1
+		}
+		n, err := unix.Poll(fds, max(int(time.Until(deadline).Milliseconds()), 0))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			return nil, ErrNobody
+		}
+		for i, f := range fds {
+			if f.Revents&unix.POLLIN != 0 {
+				return listeners[i].AcceptWithin(0)
+			}
+		}
+		return nil, errors.New("a listener is shut down")
+	}
+}
+
 // ErrNobody is returned by AcceptWithin.
 var ErrNobody = errors.New("nobody connected")
 

@@ -158,6 +158,9 @@ func (p *Pod) Wire(name string, pairs ...netip.Prefix) {
 		})
 	}
 	p.waitForLink(name)
+	for i, pair := range pairs {
+		[]*NS{p.NS, p.Far}[i%2].waitForAddress(pair.Addr())
+	}
 }
 
 func address(p netip.Prefix) *netlink.Addr {
