@@ -79,7 +79,9 @@ bench: root go-is-there ## measure Sluice beside iptables and no mesh, into benc
 .PHONY: vm
 vm: root go-is-there ## run the datapath tests under another kernel in qemu: make vm KERNEL=6.1
 	$(DEPS) vm
-	tests/vm/run.sh $(KERNEL)
+	@$(MAKE) build
+	@CGO_ENABLED=0 go test -c -o bin/netns.test ./tests/netns
+	tests/vm/run.sh -f bin/sluicectl:/bin/sluicectl -f bin/netns.test:/bin/netns.test $(KERNEL)
 
 .PHONY: lint
 lint: go-is-there $(LINTER) ## check formatting, imports, Go and C style, and the scripts

@@ -59,6 +59,7 @@ enum pod_flags {
 	POD_LOCAL_CAPTURABLE = 1 << 4, /* an include CIDR is itself loopback: no O4 */
 	POD_INBOUND_TC = 1 << 5, /* the TC ingress program is attached as well */
 	POD_GUARD = 1 << 6, /* the TC egress guard is attached */
+	POD_TCX = 1 << 10, /* TC programs by TCX link, otherwise by clsact filter */
 	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
 	/* set and cleared by sockops and user space as the proxy listens: its
 	 * listener on that port is in listeners, so it gets whatever is sent to
@@ -141,7 +142,7 @@ struct cidr6_key {
 struct scratch {
 	__u64 cookie; /* of the namespace that the stub is attached to */
 	__u32 tc_asks; /* the TC program asks who would get a packet: count nothing */
-	__u32 pad;
+	__u32 l3_offset; /* TC: where the IP header is; 14 behind an Ethernet header */
 };
 
 /* The programs in pod_tc. */

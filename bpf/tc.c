@@ -29,6 +29,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define IP_OFFSET 0x1fff
 #define TCP_FLAG_SYN 0x02
 #define TCP_FLAG_ACK 0x10
+#define MIN_TCP 14 /* up to the flags */
 #define MAX_EXT_HEADERS 6
 
 struct packet {
@@ -43,6 +44,35 @@ enum parsed {
 	TCP_HIDDEN, /* TCP whose flags cannot be seen: no honest stack sends it */
 };
 
+/* Most packets are seen through with three comparisons: TCP that is no SYN, UDP,
+ * ICMP. Whatever is not plainly harmless is parsed in full.
+ */
+static __always_inline bool plainly_harmless(struct __sk_buff *skb, __u32 l3)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u8 *ip, *tcp, next;
+
+	if (l3 > ETH_HLEN)
+		return false;
+	ip = data + l3;
+	if ((void *)(ip + sizeof(struct ipv6hdr) + MIN_TCP) > end)
+		return false;
+	if (*ip == 0x45) { /* IPv4 without options */
+		if (ip[16] == 127)
+			return false;
+		next = ip[9];
+		tcp = ip + sizeof(struct iphdr);
+	} else if (*ip >> 4 == 6) {
+		next = ip[6];
+		tcp = ip + sizeof(struct ipv6hdr);
+	} else {
+		return false;
+	}
+	if (next == IPPROTO_TCP)
+		return (tcp[13] & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN;
+	return next == IPPROTO_UDP || next == IPPROTO_ICMP || next == IPPROTO_ICMPV6;
+}
+
 static __always_inline bool load(struct __sk_buff *skb, __u32 off, void *to, __u32 len)
 {
 	return !bpf_skb_load_bytes_relative(skb, off, to, len, BPF_HDR_START_NET);
@@ -50,7 +80,7 @@ static __always_inline bool load(struct __sk_buff *skb, __u32 off, void *to, __u
 
 static __always_inline enum parsed parse_tcp(struct __sk_buff *skb, __u32 off, struct packet *p)
 {
-	__u8 head[14];
+	__u8 head[MIN_TCP];
 
 	if (!load(skb, off, head, sizeof(head)))
 		return TCP_HIDDEN;
@@ -124,14 +154,15 @@ int guard(struct __sk_buff *skb)
 {
 	struct scratch *this = this_cpu();
 	struct packet p = {};
-	enum parsed what = parse(skb, &p);
-	struct bpf_sock *sk = skb->sk;
+	struct bpf_sock *sk;
 	struct record *rec;
+	enum parsed what;
 	__u64 cookie;
 
-	if (!this)
+	if (!this || plainly_harmless(skb, this->l3_offset))
 		return NEXT;
 	cookie = this->cookie;
+	what = parse(skb, &p);
 	if (addr_is4(&p.dst) && addr_is_loopback(&p.dst)) {
 		count(cookie, GUARD_LOOPBACK); /* SO_BINDTODEVICE and a captured connect */
 		return TC_ACT_SHOT;
@@ -140,6 +171,7 @@ int guard(struct __sk_buff *skb)
 		return NEXT;
 	if (what == TCP && (p.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN)
 		return NEXT;
+	sk = skb->sk;
 	if (skb->ingress_ifindex && !sk)
 		return NEXT; /* forwarded for somebody behind the pod */
 	if (sk) {

@@ -168,7 +168,7 @@ func (l leg) run(j job) (reply, error) {
 	}
 	out, err := l.client.call(j)
 	if err != nil {
-		l.server.cmd.Process.Kill() // it would wait for connections for ever
+		l.server.kill() // it would wait for connections for ever
 	}
 	served, serveErr := l.server.receive()
 	if err := errors.Join(err, serveErr); err != nil {

@@ -27,7 +27,7 @@ func rawSocket(kind uintptr) (uintptr, error) {
 	return fd, nil
 }
 
-func rawClose(fd uintptr) { unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) }
+func rawClose(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) }
 
 func rawConnect(fd uintptr, sa *unix.RawSockaddrInet4) unix.Errno {
 	_, _, errno := unix.RawSyscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(sa)), unsafe.Sizeof(*sa))

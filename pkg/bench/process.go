@@ -67,7 +67,7 @@ func (p *process) send(j job) error {
 
 // receive waits for the reply to the oldest job that was sent.
 func (p *process) receive() (reply, error) {
-	watchdog := time.AfterFunc(jobLimit, func() { p.cmd.Process.Kill() })
+	watchdog := time.AfterFunc(jobLimit, p.kill)
 	defer watchdog.Stop()
 	var r reply
 	if err := p.replies.Decode(&r); err != nil {
@@ -86,10 +86,13 @@ func (p *process) call(j job) (reply, error) {
 	return p.receive()
 }
 
+// kill ends the worker now; one that has ended already is as good.
+func (p *process) kill() { _ = p.cmd.Process.Kill() }
+
 // Close ends the worker.
 func (p *process) Close() error {
 	p.in.Close()
-	p.cmd.Process.Kill()
+	p.kill()
 	err := p.cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) || errors.Is(err, context.Canceled) {

@@ -17,7 +17,7 @@ type enrollFlags struct {
 	netns, pod  string
 	annotations []string
 	uids, gids  []string
-	inbound     string
+	inbound, tc string
 	noGuard     bool
 }
 
@@ -53,6 +53,7 @@ connections are left alone.`,
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
+	fl.StringVar(&f.tc, "tc", string(datapath.Clsact), "how TC programs are attached: clsact, or tcx (a link that nobody else can remove; takes the kernel some 20 ms)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd
@@ -103,6 +104,9 @@ func (f enrollFlags) parse() (datapath.Pod, error) {
 	var err error
 	if pod.Inbound, err = datapath.ParseInbound(f.inbound); err != nil {
 		return pod, fmt.Errorf("--inbound: %w", err)
+	}
+	if pod.TC, err = datapath.ParseTCAttach(f.tc); err != nil {
+		return pod, fmt.Errorf("--tc: %w", err)
 	}
 	if f.pod != "" {
 		namespace, name, ok := strings.Cut(f.pod, "/")

@@ -39,6 +39,8 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
 	f.StringVar(&opts.Cgroup, "cgroup", "", "cgroup2 directory whose processes are seen (default: the true root of cgroup2)")
 	f.StringVar(&opts.SockoptCgroup, "sockopt-cgroup", "", "cgroup2 directory of the getsockopt program, which every getsockopt() below it pays for; all proxies must be below it (default: the --cgroup)")
 	f.Uint32Var(&opts.Handshakes, "handshakes", 0, "size of the handshakes table, at the first start (default 65536)")
+	f.Uint32Var(&opts.Targets, "targets", 0, "size of the address books together, at the first start (default 262144)")
+	f.Uint32Var(&opts.TargetShare, "target-share", 0, "how many destinations one pod's may hold (default: a sixteenth)")
 	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many of them one pod may hold (default: a quarter)")
 	return cmd
 }

@@ -24,22 +24,17 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 	}
 	wanted := map[string]bool{progInbound: true}
 	for _, name := range tcProgramNames(flags) {
-		prog, err := d.loadStub(name, ns.Cookie())
-		if err != nil {
-			return err
-		}
-		defer prog.Close()
 		for _, l := range network.Links {
 			if l.Lo {
 				continue
 			}
 			wanted[tcPin(name, l.Index)] = true
-			if err := d.attachTC(ns, l, name, prog); err != nil {
+			if err := d.attachTC(ns, l, name, flags); err != nil {
 				return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
 			}
 		}
 	}
-	prog, err := d.loadStub(progInbound, ns.Cookie())
+	prog, err := d.loadStub(progInbound, ns.Cookie(), false)
 	if err != nil {
 		return err
 	}
@@ -50,7 +45,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
 	}
-	return d.detachExcept(dir, wanted, ns)
+	return d.detachExcept(dir, wanted, flags, ns)
 }
 
 // tcProgramNames are the TC programs that a pod with these flags has.
@@ -91,8 +86,13 @@ func replaceOrPin(pin string, prog *ebpf.Program, attach func() (link.Link, erro
 	return l.Pin(pin)
 }
 
-func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program) error {
-	if !d.features.TCX {
+func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, flags connectPodFlags) error {
+	prog, err := d.loadStub(name, ns.Cookie(), l.Ethernet)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	if flags&connectPodFlagsPOD_TCX == 0 {
 		return attachClsact(ns, l, name, prog)
 	}
 	where := ebpf.AttachTCXEgress
@@ -108,8 +108,9 @@ func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, prog *eb
 	})
 }
 
-// detachExcept removes the pod's links that are not wanted.
-func (d *Datapath) detachExcept(dir string, wanted map[string]bool, ns *netns.NetNS) error {
+// detachExcept removes the pod's links and filters that are not wanted: by flags
+// a wanted TC program is a link or a filter.
+func (d *Datapath) detachExcept(dir string, wanted map[string]bool, flags connectPodFlags, ns *netns.NetNS) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -119,14 +120,17 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, ns *netns.Ne
 	}
 	var errs error
 	for _, e := range entries {
-		if !wanted[e.Name()] {
+		isLink := e.Name() == progInbound || flags&connectPodFlagsPOD_TCX != 0
+		if !wanted[e.Name()] || !isLink {
 			errs = errors.Join(errs, os.Remove(filepath.Join(dir, e.Name())))
 		}
 	}
-	if ns != nil && !d.features.TCX {
-		errs = errors.Join(errs, detachClsact(ns, func(name string, ifindex int) bool { return wanted[tcPin(name, ifindex)] }))
+	if ns == nil {
+		return errs // filters are gone with the namespace
 	}
-	return errs
+	return errors.Join(errs, detachClsact(ns, func(name string, ifindex int) bool {
+		return wanted[tcPin(name, ifindex)] && flags&connectPodFlagsPOD_TCX == 0
+	}))
 }
 
 // detachPod removes all of a pod's programs. A dead namespace has taken them
@@ -136,7 +140,7 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	// Removing a pin detaches later, from a worker: until then the pod, which is
 	// not in the map any more, would be refused everything.
 	err := detachNow(filepath.Join(dir, progInbound))
-	err = errors.Join(err, d.detachExcept(dir, nil, ns))
+	err = errors.Join(err, d.detachExcept(dir, nil, 0, ns))
 	if e := os.RemoveAll(dir); e != nil {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}

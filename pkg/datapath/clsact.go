@@ -12,8 +12,8 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
-// Kernels before 6.6 have no TCX links. There the TC programs are filters of a
-// clsact qdisc, found again by their name.
+// TC programs are filters of a clsact qdisc unless TCX is asked for. They are
+// found again by their name.
 const (
 	clsactPriority = 0x51 // ours alone on the interface, first in evaluation
 	filterPrefix   = "sluice_"
@@ -27,11 +27,10 @@ func clsactParent(name string) uint32 {
 }
 
 func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program) error {
-	handle, err := ns.Netlink()
+	handle, err := ns.Handle()
 	if err != nil {
 		return err
 	}
-	defer handle.Close()
 	qdisc := &netlink.GenericQdisc{
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: l.Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT},
 		QdiscType:  "clsact",
@@ -55,11 +54,10 @@ func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program
 // detachClsact removes our filters that are not wanted, and the qdisc where
 // nobody else has a filter on it.
 func detachClsact(ns *netns.NetNS, wanted func(name string, ifindex int) bool) error {
-	handle, err := ns.Netlink()
+	handle, err := ns.Handle()
 	if err != nil {
 		return err
 	}
-	defer handle.Close()
 	links, err := handle.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)

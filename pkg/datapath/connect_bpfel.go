@@ -105,6 +105,7 @@ const (
 	connectPodFlagsPOD_LOCAL_CAPTURABLE    connectPodFlags = 16
 	connectPodFlagsPOD_INBOUND_TC          connectPodFlags = 32
 	connectPodFlagsPOD_GUARD               connectPodFlags = 64
+	connectPodFlagsPOD_TCX                 connectPodFlags = 1024
 	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
 	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
 	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512
@@ -192,10 +193,10 @@ const (
 )
 
 type connectScratch struct {
-	_      structs.HostLayout
-	Cookie uint64
-	TcAsks uint32
-	Pad    uint32
+	_        structs.HostLayout
+	Cookie   uint64
+	TcAsks   uint32
+	L3Offset uint32
 }
 
 type connectStatKey struct {

@@ -5,14 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
-
-	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
 // PodInfo is an enrolled pod, as the maps hold it.
@@ -27,6 +23,7 @@ type PodInfo struct {
 	OutPort   uint16     `json:"outboundPort"`
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
+	TC        TCAttach   `json:"tc"`
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
 	Listeners int        `json:"listeners"`
@@ -56,7 +53,10 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
 			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup,
-			Programs: []string{}, OwnAddrs: []string{},
+			TC: Clsact, Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
+		}
+		if p.Flags&connectPodFlagsPOD_TCX != 0 {
+			info.TC = TCX
 		}
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
@@ -73,11 +73,6 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	byCookie := map[uint64]*PodInfo{}
 	for i := range out {
 		byCookie[out[i].Cookie] = &out[i]
-		if entries, err := os.ReadDir(d.podDir(out[i].Cookie)); err == nil {
-			for _, e := range entries {
-				out[i].Programs = append(out[i].Programs, e.Name())
-			}
-		}
 	}
 	addrs, err1 := keysOf(d.maps["own_addrs"], func(connectOwnAddrKey) bool { return true })
 	for _, a := range addrs {
@@ -205,46 +200,4 @@ func each[K, V any](m *ebpf.Map, visit func(K, V)) error {
 		}
 	}
 	return nil
-}
-
-// removeAllPods unpins every pod's links below dir, and removes the filters of
-// those that have no links.
-func removeAllPods(dir string) (int, error) {
-	d := &Datapath{opts: Options{Dir: dir}}
-	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	var errs error
-	for _, e := range entries {
-		errs = errors.Join(errs, os.RemoveAll(filepath.Join(d.linksDir(), "pods", e.Name())))
-	}
-	return len(entries), errors.Join(errs, removeClsactEverywhere(entries))
-}
-
-// removeClsactEverywhere looks into every namespace that a process or a name
-// keeps, for pods whose filters no link holds.
-func removeClsactEverywhere(pods []os.DirEntry) error {
-	if f, err := Probe(); err == nil && f.TCX || len(pods) == 0 {
-		return nil
-	}
-	cookies := map[string]bool{}
-	for _, e := range pods {
-		cookies[e.Name()] = true
-	}
-	var errs error
-	for _, path := range netns.Paths() {
-		ns, err := netns.Open(path)
-		if err != nil {
-			continue
-		}
-		if cookies[strconv.FormatUint(ns.Cookie(), 10)] {
-			errs = errors.Join(errs, detachClsact(ns, func(string, int) bool { return false }))
-		}
-		errs = errors.Join(errs, ns.Close())
-	}
-	return errs
 }

@@ -143,10 +143,10 @@ const (
 )
 
 type namesScratch struct {
-	_      structs.HostLayout
-	Cookie uint64
-	TcAsks uint32
-	Pad    uint32
+	_        structs.HostLayout
+	Cookie   uint64
+	TcAsks   uint32
+	L3Offset uint32
 }
 
 type namesStatKey struct {

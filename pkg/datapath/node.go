@@ -4,10 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
 // nodeHook is a program of the node and the point it is attached to.
@@ -172,8 +176,9 @@ func (d *Datapath) onCgroup(l link.Link, dir string) bool {
 	return cg != nil && unix.Stat(dir, &st) == nil && cg.CgroupId == st.Ino
 }
 
-// Down removes every link, map and pin below dir, of every layout, and reports
-// how many pods were enrolled. Without any of it, it does nothing.
+// Down removes every link, filter, map and pin below dir, waits until the kernel
+// has let go of them, and reports how many pods were enrolled. Without any of it,
+// it does nothing.
 func Down(dir string) (pods int, err error) {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return 0, nil
@@ -183,11 +188,11 @@ func Down(dir string) (pods int, err error) {
 		return 0, err
 	}
 	defer unlock()
-	pods, clsactErrs := removeAllPods(dir)
+	programs := programIDs(&Datapath{opts: Options{Dir: dir}})
+	pods, podErrs := removePods(dir)
 	// Captures first: connect programs go before what completes a handshake.
 	for i := len(nodeHooks) - 1; i >= 0; i-- {
-		hook := nodeHooks[i]
-		pin := (&Datapath{opts: Options{Dir: dir}}).nodePin(hook.name)
+		pin := (&Datapath{opts: Options{Dir: dir}}).nodePin(nodeHooks[i].name)
 		if e := os.Remove(pin); e != nil && !errors.Is(e, os.ErrNotExist) {
 			err = errors.Join(err, fmt.Errorf("unpin %s: %w", pin, e))
 		}
@@ -195,7 +200,45 @@ func Down(dir string) (pods int, err error) {
 	if e := os.RemoveAll(dir); e != nil {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}
-	return pods, errors.Join(err, clsactErrs)
+	awaitGone(programs)
+	return pods, errors.Join(err, podErrs)
+}
+
+// removePods takes the programs of every pod away, then forgets it: a filter in
+// a namespace that cannot be found any more passes everything after that.
+func removePods(dir string) (int, error) {
+	d := &Datapath{opts: Options{Dir: dir}}
+	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0 {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("list the pods' links: %w", err)
+	}
+	paths := netns.ByCookie()
+	var errs error
+	for _, e := range entries {
+		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
+		if err != nil {
+			continue
+		}
+		var ns *netns.NetNS
+		if path, ok := paths[cookie]; ok {
+			if ns, err = netns.Open(path); err != nil {
+				ns = nil // it ended meanwhile
+			}
+		}
+		errs = errors.Join(errs, d.detachPod(cookie, ns))
+		if ns != nil {
+			errs = errors.Join(errs, ns.Close())
+		}
+	}
+	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
+	if err != nil {
+		return len(entries), errs // of another layout: what is pinned goes all the same
+	}
+	defer table.Close()
+	return len(entries), errors.Join(errs, deleteWhere(table, func(uint64) bool { return true }))
 }
 
 // Attached says which of the node's programs are attached, by name, and to

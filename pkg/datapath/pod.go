@@ -16,7 +16,8 @@ type Pod struct {
 	Namespace, Name, UID string // for people; may be empty
 	Rules                rules.Rules
 	Inbound              Inbound
-	NoGuard              bool // leave the TC egress guard out
+	NoGuard              bool     // leave the TC egress guard out
+	TC                   TCAttach // empty: Clsact
 }
 
 // Enrolment says what Enroll did.
@@ -53,6 +54,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	}
 	if err := ready(network); err != nil {
 		return Enrolment{}, err
+	}
+	if pod.TC == TCX && !d.features.TCX {
+		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
@@ -111,6 +115,9 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
+	}
+	if pod.TC == TCX {
+		value.Flags |= connectPodFlagsPOD_TCX
 	}
 	if out.Already {
 		value.Flags |= d.assignable(cookie)

@@ -22,7 +22,7 @@ type Features struct {
 	SetRetval      bool // a refused connect() gets ECONNREFUSED, not EPERM
 	MPTCPSock      bool // MPTCP clients and proxies see the original destination
 	IngressIfindex bool // sk_lookup knows loopback traffic by its interface
-	TCX            bool // TC programs by link; otherwise by clsact
+	TCX            bool // TC programs can be attached by link
 }
 
 // A Finding is one thing that was looked for, and what follows from it.
@@ -67,7 +67,7 @@ func (f *Features) optional() []struct {
 		{probe{"bpf_set_retval in connect programs", "5.18", "a connection that is refused for want of memory ends with EPERM rather than ECONNREFUSED", probeSetRetval}, &f.SetRetval},
 		{probe{"bpf_skc_to_mptcp_sock", "5.19", "MPTCP sockets do not see the original destination", helper(ebpf.SockOps, asm.FnSkcToMptcpSock)}, &f.MPTCPSock},
 		{probe{"ingress_ifindex in sk_lookup programs", "5.17", "loopback traffic is told by its addresses", probeIngressIfindex}, &f.IngressIfindex},
-		{probe{"TCX links", "6.6", "TC programs are attached by clsact, where other tools can remove them; --inbound=tc refuses SO_REUSEPORT listeners that are MPTCP's", probeTCX}, &f.TCX},
+		{probe{"TCX links", "6.6", "--tc=tcx cannot be asked for; --inbound=tc refuses MPTCP listeners with SO_REUSEPORT", probeTCX}, &f.TCX},
 	}
 }
 

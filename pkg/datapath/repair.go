@@ -57,13 +57,7 @@ func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFla
 	if len(cookies) == 0 {
 		return nil
 	}
-	alive := map[uint64]string{}
-	for _, path := range netns.Paths() {
-		if ns, err := netns.Open(path); err == nil {
-			alive[ns.Cookie()] = path
-			ns.Close()
-		}
-	}
+	alive := netns.ByCookie()
 	var errs error
 	for _, cookie := range cookies {
 		path, ok := alive[cookie]

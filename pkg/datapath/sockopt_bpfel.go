@@ -143,10 +143,10 @@ const (
 )
 
 type sockoptScratch struct {
-	_      structs.HostLayout
-	Cookie uint64
-	TcAsks uint32
-	Pad    uint32
+	_        structs.HostLayout
+	Cookie   uint64
+	TcAsks   uint32
+	L3Offset uint32
 }
 
 type sockoptStatKey struct {

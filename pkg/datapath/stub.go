@@ -43,8 +43,15 @@ var stubs = map[string]stub{
 	progTCInbound: {progTCInbound, ebpf.SchedCLS, ebpf.AttachNone, "pod_tc", uint32(connectTcProgTC_INBOUND), tcNext},
 }
 
-// loadStub loads a pod's stub. Close it once it is attached.
-func (d *Datapath) loadStub(name string, cookie uint64) (*ebpf.Program, error) {
+const (
+	scratchCookie   = 0  // offsetof(struct scratch, cookie)
+	scratchL3Offset = 12 // offsetof(struct scratch, l3_offset)
+	ethernetHeader  = 14
+)
+
+// loadStub loads a pod's stub. Close it once it is attached. A TC stub is for
+// interfaces with an Ethernet header, or without.
+func (d *Datapath) loadStub(name string, cookie uint64, ethernet bool) (*ebpf.Program, error) {
 	s := stubs[name]
 	var ins asm.Instructions
 	ins = append(ins, asm.Mov.Reg(asm.R6, asm.R1))
@@ -53,6 +60,10 @@ func (d *Datapath) loadStub(name string, cookie uint64) (*ebpf.Program, error) {
 			asm.LoadMem(asm.R2, asm.R1, skLookupProto, asm.Word),
 			asm.JNE.Imm(asm.R2, ipprotoTCP, "pass"),
 		)
+	}
+	l3 := int64(0)
+	if ethernet {
+		l3 = ethernetHeader
 	}
 	ins = append(ins,
 		// this = bpf_map_lookup_elem(&scratch, &zero)
@@ -64,7 +75,9 @@ func (d *Datapath) loadStub(name string, cookie uint64) (*ebpf.Program, error) {
 		asm.JEq.Imm(asm.R0, 0, "miss"),
 		// this->cookie = cookie
 		asm.LoadImm(asm.R1, int64(cookie), asm.DWord),
-		asm.StoreMem(asm.R0, 0, asm.R1, asm.DWord),
+		asm.StoreMem(asm.R0, scratchCookie, asm.R1, asm.DWord),
+		// this->l3_offset = l3
+		asm.StoreImm(asm.R0, scratchL3Offset, l3, asm.Word),
 		// bpf_tail_call(ctx, table, index)
 		asm.Mov.Reg(asm.R1, asm.R6),
 		asm.LoadMapPtr(asm.R2, d.maps[s.table].FD()),

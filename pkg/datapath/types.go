@@ -25,6 +25,26 @@ func ParseInbound(text string) (Inbound, error) {
 	return "", fmt.Errorf("%q is not a way to capture inbound connections: choose sk_lookup or tc", text)
 }
 
+// TCAttach is the way in which TC programs are attached.
+type TCAttach string
+
+// The ways. A clsact filter is attached in a fraction of a millisecond. A TCX
+// link (Linux 6.6) cannot be removed by anybody else, but the kernel waits for an
+// RCU grace period under the RTNL lock to make one: 5 to 75 ms (docs/adr/0004).
+const (
+	Clsact TCAttach = "clsact"
+	TCX    TCAttach = "tcx"
+)
+
+// ParseTCAttach reads a way by its name.
+func ParseTCAttach(text string) (TCAttach, error) {
+	switch a := TCAttach(text); a {
+	case Clsact, TCX:
+		return a, nil
+	}
+	return "", fmt.Errorf("%q is not a way to attach TC programs: choose clsact or tcx", text)
+}
+
 // Reason is why a connection was captured, passed or stopped.
 type Reason = connectReason
 

@@ -11,10 +11,11 @@ import (
 
 // Link is a network interface of a namespace.
 type Link struct {
-	Index int
-	Name  string
-	Lo    bool
-	Up    bool
+	Index    int
+	Name     string
+	Lo       bool
+	Up       bool
+	Ethernet bool // its packets begin with an Ethernet header, not with IP
 }
 
 // Network is what a namespace looks like at one moment.
@@ -28,11 +29,10 @@ type Network struct {
 
 // Inspect reads interfaces and addresses.
 func (n *NetNS) Inspect() (Network, error) {
-	handle, err := n.Netlink()
+	handle, err := n.Handle()
 	if err != nil {
 		return Network{}, err
 	}
-	defer handle.Close()
 	var out Network
 	links, err := dump(handle.LinkList)
 	if err != nil {
@@ -41,7 +41,7 @@ func (n *NetNS) Inspect() (Network, error) {
 	names := map[int]Link{}
 	for _, l := range links {
 		a := l.Attrs()
-		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0}
+		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether"}
 		names[a.Index] = link
 		out.Links = append(out.Links, link)
 	}
@@ -97,6 +97,19 @@ func (n *NetNS) Netlink() (*netlink.Handle, error) {
 		return nil, fmt.Errorf("open netlink in %s: %w", n.path, err)
 	}
 	return handle, nil
+}
+
+// Handle is a route netlink handle in the namespace that lives until Close.
+// Like NetNS itself it is for one goroutine at a time.
+func (n *NetNS) Handle() (*netlink.Handle, error) {
+	if n.handle == nil {
+		handle, err := n.Netlink()
+		if err != nil {
+			return nil, err
+		}
+		n.handle = handle
+	}
+	return n.handle, nil
 }
 
 // dump repeats a listing that changed while it was read.

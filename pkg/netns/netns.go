@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -24,6 +25,7 @@ type NetNS struct {
 	path   string
 	cookie uint64
 	inode  uint64
+	handle *netlink.Handle // opened when first needed
 }
 
 // Open opens a namespace by path, or by the name under which "ip netns" keeps
@@ -88,11 +90,10 @@ func New() (*NetNS, error) {
 }
 
 func (n *NetNS) loUp() error {
-	handle, err := n.Netlink()
+	handle, err := n.Handle()
 	if err != nil {
 		return err
 	}
-	defer handle.Close()
 	lo, err := handle.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find lo: %w", err)
@@ -163,6 +164,10 @@ func (n *NetNS) Fd() int { return int(n.file.Fd()) }
 
 // Close is idempotent.
 func (n *NetNS) Close() error {
+	if n.handle != nil {
+		n.handle.Close()
+		n.handle = nil
+	}
 	if err := n.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err
 	}

@@ -165,18 +165,21 @@ func realIDs(pid int) (uid, gid uint32, err error) {
 	return 0, 0, fmt.Errorf("no Uid and Gid in /proc/%d/status", pid)
 }
 
-// Paths lists a path to every namespace that a process or "ip netns" keeps, each
-// namespace once.
-func Paths() []string {
+// ByCookie finds a path to every namespace that a process or "ip netns" keeps.
+func ByCookie() map[uint64]string {
 	candidates, _ := filepath.Glob("/proc/[0-9]*/ns/net")
 	named, _ := filepath.Glob("/var/run/netns/*")
 	seen := map[uint64]bool{}
-	var out []string
+	out := map[uint64]string{}
 	for _, path := range append(candidates, named...) {
 		var st unix.Stat_t
-		if unix.Stat(path, &st) == nil && !seen[st.Ino] {
-			seen[st.Ino] = true
-			out = append(out, path)
+		if unix.Stat(path, &st) != nil || seen[st.Ino] {
+			continue
+		}
+		seen[st.Ino] = true
+		if ns, err := Open(path); err == nil {
+			out[ns.Cookie()] = path
+			ns.Close()
 		}
 	}
 	return out
