@@ -129,11 +129,18 @@ static __always_inline void addr_of_sock(struct addr *a, struct bpf_sock *sk)
 		addr_set(a, sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3]);
 }
 
-static __always_inline bool own_addr(void *own_addrs_map, __u64 cookie, const struct addr *a)
+static __always_inline enum own_kind own_kind(void *own_addrs_map, __u64 cookie,
+					      const struct addr *a)
 {
 	struct own_addr_key key = { .cookie = cookie, .addr = *a };
+	enum own_kind *kind = bpf_map_lookup_elem(own_addrs_map, &key);
 
-	return bpf_map_lookup_elem(own_addrs_map, &key) != 0;
+	return kind ? *kind : 0;
+}
+
+static __always_inline bool own_addr(void *own_addrs_map, __u64 cookie, const struct addr *a)
+{
+	return own_kind(own_addrs_map, cookie, a) == OWN_ADDR;
 }
 
 #endif

@@ -50,8 +50,8 @@ static __always_inline __be32 spread4(const struct addr *dst, __u16 port)
 	return bpf_htonl(SPREAD4 | h);
 }
 
-/* Would the proxy's own listener accept at any IPv4 loopback address? If it is
- * in listeners, sk_lookup sees to it. Otherwise (opened by another identity, or
+/* Would the proxy's own listener accept at any IPv4 loopback address? If one is
+ * in listeners, sk_lookup sees to it, wherever it is bound. Otherwise (opened by another identity, or
  * MPTCP) ask the kernel; the source port 0 tells our own sk_lookup program that
  * this is a question, not a packet.
  */
@@ -119,6 +119,19 @@ static __always_inline void copy_to_msk(struct bpf_sock *sk, const struct record
 		*copy = *rec;
 }
 
+/* Nothing of an earlier connect may answer for this one. */
+static __always_inline void forget(struct bpf_sock *sk)
+{
+	struct mptcp_sock *msk;
+
+	bpf_sk_storage_delete(&orig_dst, sk);
+	if (!have_mptcp_sock)
+		return;
+	msk = bpf_skc_to_mptcp_sock(sk);
+	if (msk)
+		bpf_sk_storage_delete(&orig_dst, msk);
+}
+
 /* By the address book: what both ends need to know is in the address itself. */
 static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const struct addr *dst,
 				      __u16 dport, struct choice *to)
@@ -127,7 +140,7 @@ static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const s
 
 	if (!v4)
 		return false;
-	bpf_sk_storage_delete(&orig_dst, sk); /* of an earlier connect */
+	forget(sk);
 	addr_set4(&to->addr, v4);
 	return true;
 }
@@ -149,7 +162,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	cookie = bpf_get_netns_cookie(ctx);
 	pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod) {
-		bpf_sk_storage_delete(&orig_dst, sk); /* enrolled once, not now */
+		forget(sk); /* enrolled once, not now */
 		return PASS;
 	}
 	if (addr_is_any(dst)) { /* connect() to the any address means loopback */
@@ -161,6 +174,12 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	addr_of_sock(&src, sk);
 	reason = decide_out(cookie, pod, &src, dst, dport);
 	captured = is_captured(reason);
+	if (captured && !dport) {
+		/* Nobody listens on port 0: refuse, as a far host would. */
+		forget(sk);
+		count(cookie, LEFT_TO_KERNEL);
+		return REFUSE;
+	}
 	if (captured) {
 		to->port = reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
 		anywhere = addr_is4(dst) && accepts_anywhere(ctx, pod, to->port);

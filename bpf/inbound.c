@@ -43,9 +43,10 @@ static __always_inline bool try_listener(struct bpf_sk_lookup *ctx, struct liste
  * Not inlined: clang then lays the loop out so that nothing falls through into
  * its head, which kernels before 6.4 take for an endless loop ("back-edge").
  */
-static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u64 cookie, __u16 port)
+static __noinline bool assign_proxy(struct bpf_sk_lookup *ctx, __u64 cookie, __u16 port,
+				    enum listener_scope scope)
 {
-	struct listener_key key = { .cookie = cookie, .port = port };
+	struct listener_key key = { .cookie = cookie, .port = port, .scope = scope };
 	int i;
 
 	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
@@ -94,14 +95,15 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 		count_packet(this, REFUSED_NO_HANDSHAKE);
 		return SK_DROP;
 	}
-	if (assign_proxy(ctx, this->cookie, ctx->local_port))
+	if (assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_TO_ALL) ||
+	    assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_ON_LOOPBACK))
 		return SK_PASS;
 	assignable = ctx->local_port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
-	if (addr_is4(local) && pod->flags & assignable && addr_v4(local) >= SPREAD4) {
+	if (pod->flags & assignable) {
 		count_packet(this, REFUSED_NO_LISTENER); /* not to a stranger in its place */
 		return SK_DROP;
 	}
-	return SK_PASS; /* to whoever the kernel finds there: 127.0.0.1 alone, or MPTCP */
+	return SK_PASS; /* to whoever the kernel finds there: an MPTCP listener, for one */
 }
 
 /* When a pod calls its own address, the kernel names the address's interface as
@@ -161,7 +163,7 @@ int inbound(struct bpf_sk_lookup *ctx)
 		count_packet(this, DIRECT_PORT_IN);
 		return SK_PASS;
 	}
-	if (assign_proxy(ctx, this->cookie, pod->in_port)) {
+	if (assign_proxy(ctx, this->cookie, pod->in_port, LISTENS_TO_ALL)) {
 		count_packet(this, CAPTURED_IN);
 		return SK_PASS;
 	}

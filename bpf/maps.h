@@ -35,7 +35,7 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, SLUICE_MAX_PODS * 16);
 	__type(key, struct own_addr_key);
-	__type(value, __u32);
+	__type(value, enum own_kind);
 } own_addrs SEC(".maps");
 
 /* The proxy's identities (the UID 1337 exclusions), by rule set. Written by user space; read by connect and post_bind. Full:

@@ -78,11 +78,12 @@ static __always_inline enum reason decide_out(__u64 cookie, const struct pod *po
 					      __u16 port)
 {
 	bool lo = addr_is_lo_address(dst);
-	bool local = addr_is_loopback(dst) || own_addr(&own_addrs, cookie, dst);
+	enum own_kind own = own_kind(&own_addrs, cookie, dst);
+	bool local = addr_is_loopback(dst) || own == OWN_ADDR;
 	enum id_verdict proxy;
 	__u64 id;
 
-	if (!addr_is_unicast(dst))
+	if (!addr_is_unicast(dst) || own == OWN_BROADCAST)
 		return LEFT_TO_KERNEL;
 	if (!local && addr_is_any(addr_is4(dst) ? &pod->addr4 : &pod->addr6) &&
 	    !addr_is_link_local6(dst))

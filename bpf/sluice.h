@@ -61,9 +61,9 @@ enum pod_flags {
 	POD_GUARD = 1 << 6, /* the TC egress guard is attached */
 	POD_TCX = 1 << 10, /* TC programs by TCX link, otherwise by clsact filter */
 	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
-	/* set and cleared by sockops and user space as the proxy listens: its
-	 * listener on that port is in listeners, so it gets whatever is sent to
-	 * any loopback address
+	/* set and cleared by sockops and user space as the proxy listens: an IPv4
+	 * listener of its on that port is, or was, in listeners, so that sk_lookup
+	 * can give it what is sent to any loopback address
 	 */
 	POD_OUT_ASSIGNABLE = 1 << 8,
 	POD_IN_ASSIGNABLE = 1 << 9,
@@ -85,6 +85,11 @@ struct pod_name {
 	char namespace[64];
 	char name[256];
 	char uid[40];
+};
+
+enum own_kind {
+	OWN_ADDR = 1,
+	OWN_BROADCAST = 2, /* of one of its subnets: TCP connects to none */
 };
 
 struct own_addr_key {
@@ -156,12 +161,20 @@ struct rule_set {
 	__u8 sha256[32];
 };
 
+/* Where a listener of the proxy's takes connections from: one that is bound to
+ * loopback (istio-validation's) gets none from the network.
+ */
+enum listener_scope {
+	LISTENS_TO_ALL,
+	LISTENS_ON_LOOPBACK,
+};
+
 struct listener_key {
 	__u64 cookie;
 	__u16 port;
 	__u8 family;
 	__u8 slot;
-	__u32 pad;
+	enum listener_scope scope;
 };
 
 enum record_flags {

@@ -174,9 +174,8 @@ static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
 }
 
 /* Only the proxy's listeners, or anyone in the pod could take its traffic or
- * stop it: bound by the proxy's UID or GID, on a wildcard or one of the pod's
- * addresses. Loopback ones (istio-validation's) are for loopback traffic, where
- * the kernel finds them by itself.
+ * stop it: bound by the proxy's UID or GID, on a wildcard or an address of the
+ * pod.
  */
 static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
@@ -197,8 +196,9 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	if (!BOUND_BY_PROXY(sk, pod))
 		return;
 	local_addr(ctx, &local);
-	if (!addr_is_any(&local) &&
-	    (addr_is_loopback(&local) || !own_addr(&own_addrs, key.cookie, &local)))
+	if (addr_is_loopback(&local))
+		key.scope = LISTENS_ON_LOOPBACK;
+	else if (!addr_is_any(&local) && !own_addr(&own_addrs, key.cookie, &local))
 		return;
 	key.port = ctx->local_port;
 	key.family = ctx->family;

@@ -74,16 +74,18 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 	if key.Port != pod.Rules.OutboundPort && key.Port != pod.Rules.InboundPort {
 		return nil
 	}
-	// post_bind knows better who it was, where it was there.
-	err = d.maps["binders"].Update(uint32(s.File.Fd()), connectBinder{Uid: s.UID, Gid: s.GID}, ebpf.UpdateNoExist)
-	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-		return fmt.Errorf("note a socket of process %d: %w", s.PID, err)
+	binder, err := d.binderOf(s)
+	if err != nil {
+		return err
 	}
 	compiled := pod.Rules.Compile()
-	_, uid := compiled.UIDs[s.UID]
-	_, gid := compiled.GIDs[s.GID]
-	if s.State != tcpListen || !uid && !gid || local.Addr().IsLoopback() {
-		return nil // a loopback one is istio-validation's: the kernel finds it by itself
+	_, uid := compiled.UIDs[binder.Uid]
+	_, gid := compiled.GIDs[binder.Gid]
+	if s.State != tcpListen || !uid && !gid {
+		return nil
+	}
+	if local.Addr().IsLoopback() {
+		key.Scope = connectListenerScopeLISTENS_ON_LOOPBACK
 	}
 	err = d.insertListener(key, s)
 	if errors.Is(err, unix.EOPNOTSUPP) {
@@ -95,7 +97,9 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 	if err != nil {
 		return err
 	}
-	out.Listeners++
+	if key.Scope == connectListenerScopeLISTENS_TO_ALL {
+		out.Listeners++
+	}
 	if key.Family != unix.AF_INET {
 		return nil
 	}
@@ -104,6 +108,21 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 		flag = connectPodFlagsPOD_OUT_ASSIGNABLE
 	}
 	return d.setFlag(cookie, flag)
+}
+
+// binderOf says who bound a socket: post_bind knows; of one that was bound
+// before Sluice was up, the process that has it open.
+func (d *Datapath) binderOf(s netns.Socket) (connectBinder, error) {
+	fd := uint32(s.File.Fd())
+	binder := connectBinder{Uid: s.UID, Gid: s.GID}
+	err := d.maps["binders"].Update(fd, binder, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		err = d.maps["binders"].Lookup(fd, &binder)
+	}
+	if err != nil {
+		return connectBinder{}, fmt.Errorf("note who bound a socket of process %d: %w", s.PID, err)
+	}
+	return binder, nil
 }
 
 // setFlag adds a flag to a pod's entry. sockops sets the same flags meanwhile;
@@ -145,7 +164,10 @@ func (d *Datapath) deleteListeners(cookie uint64, p connectPod) error {
 	for _, port := range []uint16{p.OutPort, p.InPort} {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			for slot := range listenerSlots {
-				errs = errors.Join(errs, deleteKey(d.maps["listeners"], connectListenerKey{Cookie: cookie, Port: port, Family: family, Slot: uint8(slot)}))
+				key := connectListenerKey{Cookie: cookie, Port: port, Family: family, Slot: uint8(slot)}
+				errs = errors.Join(errs, deleteKey(d.maps["listeners"], key))
+				key.Scope = connectListenerScopeLISTENS_ON_LOOPBACK
+				errs = errors.Join(errs, deleteKey(d.maps["listeners"], key))
 			}
 		}
 	}

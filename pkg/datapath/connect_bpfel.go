@@ -75,14 +75,28 @@ type connectListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  connectListenerScope
 }
+
+type connectListenerScope uint32
+
+const (
+	connectListenerScopeLISTENS_TO_ALL      connectListenerScope = 0
+	connectListenerScopeLISTENS_ON_LOOPBACK connectListenerScope = 1
+)
 
 type connectOwnAddrKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Addr   connectAddr
 }
+
+type connectOwnKind uint32
+
+const (
+	connectOwnKindOWN_ADDR      connectOwnKind = 1
+	connectOwnKindOWN_BROADCAST connectOwnKind = 2
+)
 
 type connectPod struct {
 	_       structs.HostLayout

@@ -62,7 +62,7 @@ type inboundListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  uint32
 }
 
 type inboundOwnAddrKey struct {
@@ -73,6 +73,13 @@ type inboundOwnAddrKey struct {
 		B [16]uint8
 	}
 }
+
+type inboundOwnKind uint32
+
+const (
+	inboundOwnKindOWN_ADDR      inboundOwnKind = 1
+	inboundOwnKindOWN_BROADCAST inboundOwnKind = 2
+)
 
 type inboundPod struct {
 	_     structs.HostLayout

@@ -74,12 +74,11 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	for i := range out {
 		byCookie[out[i].Cookie] = &out[i]
 	}
-	addrs, err1 := keysOf(d.maps["own_addrs"], func(connectOwnAddrKey) bool { return true })
-	for _, a := range addrs {
-		if p := byCookie[a.Cookie]; p != nil {
-			p.OwnAddrs = append(p.OwnAddrs, fromAddr(a.Addr.B).String())
+	err1 := each(d.maps["own_addrs"], func(k connectOwnAddrKey, kind connectOwnKind) {
+		if p := byCookie[k.Cookie]; p != nil && kind == connectOwnKindOWN_ADDR {
+			p.OwnAddrs = append(p.OwnAddrs, fromAddr(k.Addr.B).String())
 		}
-	}
+	})
 	listeners, err2 := keysOf(d.maps["listeners"], func(connectListenerKey) bool { return true })
 	for _, l := range listeners {
 		if p := byCookie[l.Cookie]; p != nil {

@@ -62,7 +62,7 @@ type namesListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  uint32
 }
 
 type namesOwnAddrKey struct {
@@ -73,6 +73,13 @@ type namesOwnAddrKey struct {
 		B [16]uint8
 	}
 }
+
+type namesOwnKind uint32
+
+const (
+	namesOwnKindOWN_ADDR      namesOwnKind = 1
+	namesOwnKindOWN_BROADCAST namesOwnKind = 2
+)
 
 type namesPod struct {
 	_     structs.HostLayout

@@ -3,7 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 
 	"github.com/cilium/ebpf"
 
@@ -105,7 +104,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if !pod.NoGuard {
 		value.Flags |= connectPodFlagsPOD_GUARD
 	}
-	if err := d.writeOwnAddrs(cookie, network.Addresses, out.Already); err != nil {
+	if err := d.writeOwnAddrs(cookie, network, out.Already); err != nil {
 		return err
 	}
 	for _, name := range []string{"handshake_use", "target_use"} {
@@ -218,19 +217,23 @@ func (d *Datapath) writeName(cookie uint64, pod Pod) error {
 }
 
 // writeOwnAddrs makes the pod's addresses exactly these.
-func (d *Datapath) writeOwnAddrs(cookie uint64, addrs []netip.Addr, already bool) error {
-	wanted := map[connectOwnAddrKey]bool{}
-	for _, a := range addrs {
-		key := connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}
-		wanted[key] = true
-		if err := d.maps["own_addrs"].Put(key, uint32(1)); err != nil {
+func (d *Datapath) writeOwnAddrs(cookie uint64, network netns.Network, already bool) error {
+	wanted := map[connectOwnAddrKey]connectOwnKind{}
+	for _, a := range network.Broadcasts {
+		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_BROADCAST
+	}
+	for _, a := range network.Addresses {
+		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_ADDR
+	}
+	for key, kind := range wanted {
+		if err := d.maps["own_addrs"].Put(key, kind); err != nil {
 			return tableError("own_addrs", err)
 		}
 	}
 	if !already {
 		return nil
 	}
-	return deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie && !wanted[k] })
+	return deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie && wanted[k] == 0 })
 }
 
 // tableError says which table is full, where that is it.

@@ -62,7 +62,7 @@ type sockopsListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  uint32
 }
 
 type sockopsOwnAddrKey struct {
@@ -73,6 +73,13 @@ type sockopsOwnAddrKey struct {
 		B [16]uint8
 	}
 }
+
+type sockopsOwnKind uint32
+
+const (
+	sockopsOwnKindOWN_ADDR      sockopsOwnKind = 1
+	sockopsOwnKindOWN_BROADCAST sockopsOwnKind = 2
+)
 
 type sockopsPod struct {
 	_     structs.HostLayout

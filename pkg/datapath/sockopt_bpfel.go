@@ -62,7 +62,7 @@ type sockoptListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  uint32
 }
 
 type sockoptOwnAddrKey struct {
@@ -73,6 +73,13 @@ type sockoptOwnAddrKey struct {
 		B [16]uint8
 	}
 }
+
+type sockoptOwnKind uint32
+
+const (
+	sockoptOwnKindOWN_ADDR      sockoptOwnKind = 1
+	sockoptOwnKindOWN_BROADCAST sockoptOwnKind = 2
+)
 
 type sockoptPod struct {
 	_     structs.HostLayout

@@ -62,7 +62,7 @@ type tcListenerKey struct {
 	Port   uint16
 	Family uint8
 	Slot   uint8
-	Pad    uint32
+	Scope  uint32
 }
 
 type tcOwnAddrKey struct {
@@ -73,6 +73,13 @@ type tcOwnAddrKey struct {
 		B [16]uint8
 	}
 }
+
+type tcOwnKind uint32
+
+const (
+	tcOwnKindOWN_ADDR      tcOwnKind = 1
+	tcOwnKindOWN_BROADCAST tcOwnKind = 2
+)
 
 type tcPod struct {
 	_     structs.HostLayout

@@ -22,6 +22,9 @@ type Link struct {
 type Network struct {
 	Links     []Link
 	Addresses []netip.Addr // all but multicast, link-local included, without zone
+	// Broadcasts are the broadcast addresses of the IPv4 subnets: the kernel
+	// connects no TCP socket to them.
+	Broadcasts []netip.Addr
 	// Primary4 and Primary6 are the first global address of a family, or one on
 	// lo or (IPv4) a link-local one if there is no other; zero if none.
 	Primary4, Primary6 netip.Addr
@@ -57,6 +60,7 @@ func (n *NetNS) Inspect() (Network, error) {
 		}
 		addr = addr.Unmap()
 		out.Addresses = append(out.Addresses, addr)
+		out.Broadcasts = append(out.Broadcasts, broadcasts(a)...)
 		switch global := isGlobal(addr); {
 		case global && !names[a.LinkIndex].Lo && a.Scope == int(netlink.SCOPE_UNIVERSE):
 			out.addPrimary(addr)
@@ -123,4 +127,24 @@ func dump[T any](list func() ([]T, error)) ([]T, error) {
 		}
 	}
 	return out, err
+}
+
+// broadcasts are those of an address: the last one of its subnet (of more than
+// two addresses), and the one that was set on it.
+func broadcasts(a netlink.Addr) (out []netip.Addr) {
+	if b, ok := netip.AddrFromSlice(a.Broadcast.To4()); ok {
+		out = append(out, b)
+	}
+	ip, ones := a.IP.To4(), 0
+	if ip != nil {
+		ones, _ = a.Mask.Size()
+	}
+	if ip == nil || ones >= 31 {
+		return out
+	}
+	last := [4]byte(ip)
+	for i := range last {
+		last[i] |= ^a.Mask[i]
+	}
+	return append(out, netip.AddrFrom4(last))
 }
