@@ -145,6 +145,13 @@ static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const s
 	return true;
 }
 
+/* One of our own loopback addresses, at a capture port. */
+static __always_inline bool is_ours(const struct pod *pod, const struct addr *dst, __u16 port)
+{
+	return is_capture_port(pod, port) && addr_is4(dst) && addr_is_loopback(dst) &&
+	       addr_v4(dst) >= SPREAD4;
+}
+
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
 					       struct choice *to)
 {
@@ -174,8 +181,10 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	addr_of_sock(&src, sk);
 	reason = decide_out(cookie, pod, &src, dst, dport);
 	captured = is_captured(reason);
-	if (captured && !dport) {
-		/* Nobody listens on port 0: refuse, as a far host would. */
+	if (captured && (!dport || is_ours(pod, dst, dport))) {
+		/* Nobody listens on port 0: refuse, as a far host would. And an
+		 * address of ours that stood for itself would never end.
+		 */
 		forget(sk);
 		count(cookie, LEFT_TO_KERNEL);
 		return REFUSE;

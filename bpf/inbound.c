@@ -99,7 +99,7 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 	    assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_ON_LOOPBACK))
 		return SK_PASS;
 	assignable = ctx->local_port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
-	if (pod->flags & assignable) {
+	if (addr_is4(local) && pod->flags & assignable) {
 		count_packet(this, REFUSED_NO_LISTENER); /* not to a stranger in its place */
 		return SK_DROP;
 	}

@@ -4,6 +4,7 @@ package ctl
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 
@@ -102,6 +103,9 @@ func newRoot(env Env) *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().StringVar(&c.dir, "bpffs", defaultDir, "directory on a bpffs below which everything is pinned")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())
+	})
 	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
 	return root
 }

@@ -4,10 +4,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 )
 
 // The kernel lets go of links and programs from workers of its own, a moment
@@ -15,34 +15,44 @@ import (
 // some, and opening a program array by its ID at that moment leaks it (seen on
 // 6.18: prog_array_map_clear takes a reference for work that is queued already).
 
-// programIDs are the programs that a datapath holds by links and tables.
-func programIDs(d *Datapath) []ebpf.ProgramID {
-	var out []ebpf.ProgramID
-	for _, pattern := range []string{"node/*", "pods/*/*"} {
-		pins, _ := filepath.Glob(filepath.Join(d.linksDir(), pattern))
-		for _, pin := range pins {
-			l, err := link.LoadPinnedLink(pin, nil)
-			if err != nil {
-				continue
-			}
-			if info, err := l.Info(); err == nil {
-				out = append(out, info.Program)
-			}
-			l.Close()
-		}
-	}
-	for _, s := range stubs {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), s.table), nil)
+// programsOf are all programs that use a map of the datapath: the node's, the
+// shared ones, and every pod's stubs, wherever they are attached.
+func programsOf(d *Datapath) []ebpf.ProgramID {
+	ours := map[ebpf.MapID]bool{}
+	pins, _ := filepath.Glob(filepath.Join(d.mapsDir(), "*"))
+	for _, pin := range pins {
+		m, err := ebpf.LoadPinnedMap(pin, nil)
 		if err != nil {
 			continue
 		}
-		var id uint32
-		if table.Lookup(s.index, &id) == nil {
-			out = append(out, ebpf.ProgramID(id))
+		if info, err := m.Info(); err == nil {
+			if id, ok := info.ID(); ok {
+				ours[id] = true
+			}
 		}
-		table.Close()
+		m.Close()
+	}
+	var out []ebpf.ProgramID
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		if usesAny(id, ours) {
+			out = append(out, id)
+		}
 	}
 	return out
+}
+
+func usesAny(id ebpf.ProgramID, maps map[ebpf.MapID]bool) bool {
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return false
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return false
+	}
+	ids, _ := info.MapIDs()
+	return slices.ContainsFunc(ids, func(id ebpf.MapID) bool { return maps[id] })
 }
 
 // awaitGone waits until the kernel has freed these programs, or until somebody

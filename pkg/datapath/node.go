@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/kernel"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -183,12 +184,15 @@ func Down(dir string) (pods int, err error) {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return 0, nil
 	}
+	if err := kernel.IsBPFFS(dir); err != nil {
+		return 0, err // whatever that directory is, it is not ours to remove
+	}
 	unlock, err := lock(dir)
 	if err != nil {
 		return 0, err
 	}
 	defer unlock()
-	programs := programIDs(&Datapath{opts: Options{Dir: dir}})
+	programs := programsOf(&Datapath{opts: Options{Dir: dir}})
 	pods, podErrs := removePods(dir)
 	// Captures first: connect programs go before what completes a handshake.
 	for i := len(nodeHooks) - 1; i >= 0; i-- {
@@ -197,11 +201,27 @@ func Down(dir string) (pods int, err error) {
 			err = errors.Join(err, fmt.Errorf("unpin %s: %w", pin, e))
 		}
 	}
-	if e := os.RemoveAll(dir); e != nil {
-		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
-	}
+	err = errors.Join(err, removeOurs(dir))
 	awaitGone(programs)
 	return pods, errors.Join(err, podErrs)
+}
+
+// removeOurs removes what Up makes below dir, and dir where nothing else is in
+// it: dir is a user's word, and may be a whole bpffs with other people's pins.
+func removeOurs(dir string) error {
+	var errs error
+	for _, name := range []string{"maps", filepath.Join("links", "node"), filepath.Join("links", "pods")} {
+		if err := os.RemoveAll(filepath.Join(dir, Layout, name)); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("remove the pins: %w", err))
+		}
+	}
+	for _, path := range []string{filepath.Join(dir, Layout, "links"), filepath.Join(dir, Layout), dir} {
+		err := os.Remove(path)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
+			errs = errors.Join(errs, fmt.Errorf("remove %s: %w", path, err))
+		}
+	}
+	return errs
 }
 
 // removePods takes the programs of every pod away, then forgets it: a filter in

@@ -235,8 +235,8 @@ func (d *Datapath) prepare() error {
 		}
 		parent = filepath.Dir(parent)
 	}
-	if err := kernel.IsBPFFS(parent); err != nil {
-		return err
+	if kernel.IsBPFFS(parent) != nil {
+		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf DIR) and give a directory on it with --bpffs", d.opts.Dir)
 	}
 	for _, dir := range []string{d.mapsDir(), filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

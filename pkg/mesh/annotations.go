@@ -4,6 +4,7 @@ package mesh
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/sluice-mesh/sluice/pkg/rules"
@@ -80,7 +81,7 @@ func applyOne(out *rules.Rules, key, value string) error {
 		ports, err = rules.ParsePorts(value, false)
 		out.ExcludeOutboundPorts = ports.List
 	default:
-		if strings.HasPrefix(key, annotationPrefix) {
+		if strings.HasPrefix(key, annotationPrefix) && !slices.Contains(refused, key) {
 			return fmt.Errorf("unknown traffic annotation: known are includeOutboundIPRanges, excludeOutboundIPRanges, includeInboundPorts, excludeInboundPorts and excludeOutboundPorts")
 		}
 	}
