@@ -192,7 +192,7 @@ func Down(dir string) (pods int, err error) {
 		return 0, err
 	}
 	defer unlock()
-	programs := programsOf(&Datapath{opts: Options{Dir: dir}})
+	held := holdingsOf(&Datapath{opts: Options{Dir: dir}})
 	pods, podErrs := removePods(dir)
 	// Captures first: connect programs go before what completes a handshake.
 	for i := len(nodeHooks) - 1; i >= 0; i-- {
@@ -202,7 +202,7 @@ func Down(dir string) (pods int, err error) {
 		}
 	}
 	err = errors.Join(err, removeOurs(dir))
-	awaitGone(programs)
+	held.awaitGone()
 	return pods, errors.Join(err, podErrs)
 }
 

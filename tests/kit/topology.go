@@ -181,6 +181,7 @@ func (n *NS) AddAddr(link string, p netip.Prefix) {
 		}
 		return h.AddrAdd(l, address(p))
 	})
+	n.waitForAddress(p.Addr())
 }
 
 func (p *Pod) route(dst string, via netip.Addr) {
