@@ -37,7 +37,7 @@ group_packages() {
 	race) echo gcc=gcc libc6-dev ;;
 	bpf) echo clang-19=clang-19 llvm-19=llvm-strip-19 libbpf-dev linux-libc-dev bpftool=bpftool ;;
 	lint) echo clang-format-19=clang-format-19 shellcheck=shellcheck ;;
-	vm) echo qemu-system-x86=qemu-system-x86_64 busybox-static cpio=cpio xz-utils=xz ;;
+	vm) echo qemu-system-x86=qemu-system-x86_64 cpio=cpio kmod=modprobe xz-utils=xz ;;
 	all) for g in build test race bpf lint vm; do group_packages "$g"; done ;;
 	*) return 2 ;;
 	esac

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -200,7 +201,7 @@ func (d *Datapath) load(spec *ebpf.CollectionSpec, values map[string]any) (*ebpf
 	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
 	var refused *ebpf.VerifierError
 	if errors.As(err, &refused) {
-		return nil, fmt.Errorf("the kernel's verifier refuses a program: %+v", refused)
+		return nil, fmt.Errorf("the kernel's verifier refuses a program: %w\n%s", err, strings.Join(refused.Log, "\n"))
 	}
 	return c, err
 }

@@ -22,7 +22,8 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/kernel"
 )
 
-// RequireRootEnv, set to 1, makes a test that cannot run for want of root fail.
+// RequireRootEnv is the variable that, set to 1, makes a test that cannot run
+// for want of root fail.
 const RequireRootEnv = "SLUICE_REQUIRE_ROOT"
 
 var world struct {
@@ -49,7 +50,9 @@ func run(m *testing.M) int {
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM)
 	go func() {
 		s := <-signals
-		tearDown()
+		if err := tearDown(); err != nil {
+			fmt.Fprintln(os.Stderr, "clean up after the tests:", err)
+		}
 		os.Exit(128 + int(s.(unix.Signal)))
 	}()
 	if err := setUp(); err != nil {

@@ -111,7 +111,7 @@ func (n *NS) SendRaw(packet []byte) error {
 // SendFrame sends a whole IP packet through a packet socket to the other end of
 // an interface, whatever the routes say.
 func (p *Pod) SendFrame(link string, packet []byte) error {
-	from, to := p.NS.hardware(link), p.Far.hardware(link)
+	from, to := p.hardware(link), p.Far.hardware(link)
 	protocol := uint16(unix.ETH_P_IP)
 	if packet[0]>>4 == 6 {
 		protocol = unix.ETH_P_IPV6

@@ -131,16 +131,14 @@ func (n *NS) Dial(id ID, family int, to netip.AddrPort, options ...Option) (*Soc
 
 // Connect connects, as whoever calls.
 func (s *Sock) Connect(to netip.AddrPort) error {
-	for {
-		err := unix.Connect(s.FD, sockaddr(familyOf(s.FD), to))
-		if errors.Is(err, unix.EINTR) {
-			err = s.finishConnect()
-		}
-		if errors.Is(err, unix.EINPROGRESS) { // SO_SNDTIMEO ran out
-			return unix.ETIMEDOUT
-		}
-		return err
+	err := unix.Connect(s.FD, sockaddr(familyOf(s.FD), to))
+	if errors.Is(err, unix.EINTR) {
+		err = s.finishConnect()
 	}
+	if errors.Is(err, unix.EINPROGRESS) { // SO_SNDTIMEO ran out
+		return unix.ETIMEDOUT
+	}
+	return err
 }
 
 // finishConnect waits for a connect that a signal interrupted (Go's runtime

@@ -37,7 +37,7 @@ func (s *standIn) run() {
 			if s.lost++; s.lost > 50 {
 				return // it goes round
 			}
-			if on, err := s.pod.Dial(kit.Proxy, unix.AF_INET, c.Name()); err == nil {
+			if on, err := s.pod.Dial(kit.Proxy, unix.AF_INET6, c.Name()); err == nil {
 				defer on.Close()
 			}
 		}
@@ -161,7 +161,8 @@ func fates(t *testing.T, clients map[netip.AddrPort]*kit.Sock) (arrived, refusal
 	t.Helper()
 	for to, c := range clients {
 		err := error(unix.ECONNREFUSED)
-		if c != nil {
+		// A SYN that was dropped is sent again after 1, 3 and 7 seconds.
+		for try := 0; c != nil && (try == 0 || try < 3 && errors.Is(err, unix.ETIMEDOUT)); try++ {
 			err = finish(c)
 		}
 		if errors.Is(err, unix.ETIMEDOUT) {

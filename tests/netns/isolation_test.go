@@ -47,8 +47,7 @@ func nothingSkipped(int, int) bool { return false }
 func kinds(t *testing.T, p *kit.Pod, port int) map[string]int {
 	t.Helper()
 	out := map[string]int{}
-	far := p.Far.Listen(kit.Root, at("[::]", port))
-	defer far.Close()
+	p.Far.Listen(kit.Root, at("[::]", port)) // stays, or the clients would be reset
 	for _, f := range families {
 		listener := p.Listen(kit.Root, at(f.wildcard, port), kit.ReusePort)
 		out[f.name+" listener"] = listener.FD
