@@ -210,10 +210,8 @@ static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *po
 {
 	struct mptcp_sock *msk;
 
-	if (BOUND_BY_PROXY(sk, pod))
-		return true;
-	if (!have_mptcp_sock)
-		return false;
+	if (!have_mptcp_sock || bpf_sk_storage_get(&binders, sk, 0, 0))
+		return BOUND_BY_PROXY(sk, pod);
 	msk = bpf_skc_to_mptcp_sock(sk);
 	return msk && BOUND_BY_PROXY(msk, pod);
 }

@@ -53,7 +53,7 @@ connections are left alone.`,
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
-	fl.StringVar(&f.tc, "tc", string(datapath.Clsact), "how TC programs are attached: clsact, or tcx (a link that nobody else can remove; takes the kernel some 20 ms)")
+	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where connections are open already)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd

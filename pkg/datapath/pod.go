@@ -16,7 +16,7 @@ type Pod struct {
 	Rules                rules.Rules
 	Inbound              Inbound
 	NoGuard              bool     // leave the TC egress guard out
-	TC                   TCAttach // empty: Clsact
+	TC                   TCAttach // empty: TCAuto
 }
 
 // Enrolment says what Enroll did.
@@ -65,6 +65,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 
 	var before connectPod
 	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
+	if pod.TC == "" || pod.TC == TCAuto {
+		pod.TC = d.chooseTC(ns, out.Already, before.Flags)
+	}
 	if err := d.enroll(ns, network, pod, &out); err != nil {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
@@ -76,6 +79,17 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 		err = d.dropRules(before.RulesId)
 	}
 	return out, err
+}
+
+// chooseTC is TCAuto's choice; a pod keeps the way that it has.
+func (d *Datapath) chooseTC(ns *netns.NetNS, already bool, before connectPodFlags) TCAttach {
+	switch {
+	case already && before&connectPodFlagsPOD_TCX != 0:
+		return TCX
+	case !already && d.features.TCX && ns.HasTCP():
+		return TCX
+	}
+	return Clsact
 }
 
 // ready refuses namespaces in which nothing could be captured.

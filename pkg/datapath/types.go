@@ -28,10 +28,14 @@ func ParseInbound(text string) (Inbound, error) {
 // TCAttach is the way in which TC programs are attached.
 type TCAttach string
 
-// The ways. A clsact filter is attached in a fraction of a millisecond. A TCX
-// link (Linux 6.6) cannot be removed by anybody else, but the kernel waits for an
-// RCU grace period under the RTNL lock to make one: 5 to 75 ms (docs/adr/0004).
+// The ways. A clsact filter is attached in a fraction of a millisecond, but the
+// kernel drops packets that are under way while it adds the first to an
+// interface. A TCX link (Linux 6.6) disturbs nobody and cannot be removed by
+// anybody else, but to make one the kernel waits for an RCU grace period under
+// the RTNL lock, 5 to 75 ms (docs/adr/0004). Auto is clsact for a namespace
+// without connections, a pod that starts, and TCX for one that runs.
 const (
+	TCAuto TCAttach = "auto"
 	Clsact TCAttach = "clsact"
 	TCX    TCAttach = "tcx"
 )
@@ -39,10 +43,10 @@ const (
 // ParseTCAttach reads a way by its name.
 func ParseTCAttach(text string) (TCAttach, error) {
 	switch a := TCAttach(text); a {
-	case Clsact, TCX:
+	case TCAuto, Clsact, TCX:
 		return a, nil
 	}
-	return "", fmt.Errorf("%q is not a way to attach TC programs: choose clsact or tcx", text)
+	return "", fmt.Errorf("%q is not a way to attach TC programs: choose auto, clsact or tcx", text)
 }
 
 // Reason is why a connection was captured, passed or stopped.

@@ -26,7 +26,7 @@ type Socket struct {
 // tcp_states.h). A socket that several processes share comes once. Processes
 // that end meanwhile are skipped.
 func (n *NetNS) TCPSockets(states ...uint8) ([]Socket, error) {
-	if !n.hasTCP() {
+	if !n.HasTCP() {
 		return nil, nil // nobody is in it yet: do not look at every process
 	}
 	pids, err := n.processes()
@@ -44,9 +44,9 @@ func (n *NetNS) TCPSockets(states ...uint8) ([]Socket, error) {
 	return out, errs
 }
 
-// hasTCP says whether the namespace has any TCP socket that listens or connects.
+// HasTCP says whether the namespace has any TCP socket that listens or connects.
 // If it cannot be told, it may.
-func (n *NetNS) hasTCP() bool {
+func (n *NetNS) HasTCP() bool {
 	some := true
 	err := n.Do(func() error {
 		v4, err4 := os.ReadFile("/proc/thread-self/net/sockstat")

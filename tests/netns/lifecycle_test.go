@@ -394,8 +394,8 @@ func TestDownRemovesEveryProgramLinkAndMap(t *testing.T) {
 	}
 	s := stateOf(t, opts.Dir)
 	for id := range maps.Values(s.Programs) { // maps of a program that no pin shows: .rodata
-		for _, m := range programMaps(t, ebpf.ProgramID(id)) {
-			s.Maps[fmt.Sprint("of program ", id, " ", m)] = uint32(m)
+		for name, m := range programMaps(t, ebpf.ProgramID(id)) {
+			s.Maps[name] = uint32(m)
 		}
 	}
 	if len(s.Links) < 11 || len(s.Maps) <= len(s.Entries) {
@@ -443,7 +443,8 @@ func closing(c interface{ Close() error }, err error) error {
 	return c.Close()
 }
 
-func programMaps(t *testing.T, id ebpf.ProgramID) []ebpf.MapID {
+// programMaps are the IDs of a program's maps, by the names of both.
+func programMaps(t *testing.T, id ebpf.ProgramID) map[string]ebpf.MapID {
 	t.Helper()
 	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {
@@ -454,8 +455,19 @@ func programMaps(t *testing.T, id ebpf.ProgramID) []ebpf.MapID {
 	if err != nil {
 		t.Fatal(err)
 	}
+	out := map[string]ebpf.MapID{}
 	ids, _ := info.MapIDs()
-	return ids
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if mapInfo, err := m.Info(); err == nil {
+			out[info.Name+"'s "+mapInfo.Name] = id
+		}
+		m.Close()
+	}
+	return out
 }
 
 func TestEveryMapReadsLikeATable(t *testing.T) {

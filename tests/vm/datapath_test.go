@@ -19,9 +19,9 @@ const (
 // chosen are the datapath tests that run here: loading, attaching, outbound,
 // inbound by both ways, the guard, and what kernels differ in. The others say
 // little about a kernel and take long under emulation.
-const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|Rules|" +
-	"Getsockopt|NotEnrolled|SameAddresses|UDP|EnrolAnd|ItsCookie|FailedEnrolment|DownRemoves|EveryMap|" +
-	"OutboundHoweverTheAppConnects|MPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort"
+const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
+	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
+	"OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
