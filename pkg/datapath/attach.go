@@ -17,7 +17,7 @@ import (
 // attachPod attaches what the pod should have and is not attached yet, replaces
 // what is, and detaches what it should not have. The inbound program comes
 // last: where its pin is, the pod is complete.
-func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags connectPodFlags) error {
+func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags connectPodFlags, already bool) error {
 	dir := d.podDir(ns.Cookie())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make %s: %w", dir, err)
@@ -44,6 +44,9 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 	})
 	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
+	}
+	if !already {
+		return nil
 	}
 	return d.detachExcept(dir, wanted, flags, ns)
 }

@@ -23,8 +23,11 @@ const listenerSlots = 64 // SLUICE_LISTENER_SLOTS
 // collect looks at the sockets that were open before the pod's entry was
 // written. Those whose SYN is out get a verdict, so that the guard leaves a
 // retransmitted SYN alone; the proxy's listeners are noted, for sockops sees
-// only those that come later.
-func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) error {
+// only those that come later. It says whether the pod runs: has any TCP socket.
+func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) (runs bool, err error) {
+	if !ns.HasTCP() {
+		return false, nil // do not look at every process of the machine
+	}
 	sockets, err := ns.TCPSockets(tcpSynSent, tcpListen, tcpClose)
 	for _, s := range sockets {
 		if s.State == tcpSynSent {
@@ -34,7 +37,7 @@ func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) error {
 		}
 		err = errors.Join(err, s.File.Close())
 	}
-	return err
+	return true, err
 }
 
 // passBefore marks a socket that the connect hook has not judged.

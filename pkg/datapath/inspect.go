@@ -53,10 +53,7 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
 			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup,
-			TC: Clsact, Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
-		}
-		if p.Flags&connectPodFlagsPOD_TCX != 0 {
-			info.TC = TCX
+			TC: p.tcAttach(), Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
 		}
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC

@@ -65,8 +65,8 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 
 	var before connectPod
 	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
-	if pod.TC == "" || pod.TC == TCAuto {
-		pod.TC = d.chooseTC(ns, out.Already, before.Flags)
+	if out.Already && (pod.TC == "" || pod.TC == TCAuto) {
+		pod.TC = before.tcAttach() // it keeps the way that it has
 	}
 	if err := d.enroll(ns, network, pod, &out); err != nil {
 		if !out.Already {
@@ -81,12 +81,8 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	return out, err
 }
 
-// chooseTC is TCAuto's choice; a pod keeps the way that it has.
-func (d *Datapath) chooseTC(ns *netns.NetNS, already bool, before connectPodFlags) TCAttach {
-	switch {
-	case already && before&connectPodFlagsPOD_TCX != 0:
-		return TCX
-	case !already && d.features.TCX && ns.HasTCP():
+func (p connectPod) tcAttach() TCAttach {
+	if p.Flags&connectPodFlagsPOD_TCX != 0 {
 		return TCX
 	}
 	return Clsact
@@ -129,19 +125,23 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
 	}
-	if pod.TC == TCX {
-		value.Flags |= connectPodFlagsPOD_TCX
-	}
 	if out.Already {
 		value.Flags |= d.assignable(cookie)
 	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
-	if err := d.collect(ns, pod, out); err != nil {
+	runs, err := d.collect(ns, pod, out)
+	if err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, value.Flags)
+	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
+		value.Flags |= connectPodFlagsPOD_TCX
+		if err := d.setFlag(cookie, connectPodFlagsPOD_TCX); err != nil {
+			return err
+		}
+	}
+	return d.attachPod(ns, network, value.Flags, out.Already)
 }
 
 // Unenroll stops capturing for a namespace, living (ns) or dead (ns nil), and

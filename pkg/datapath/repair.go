@@ -82,7 +82,7 @@ func (d *Datapath) complete(path string, flags connectPodFlags) error {
 	if err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, flags)
+	return d.attachPod(ns, network, flags, true)
 }
 
 func (d *Datapath) removeStrayLinks(known map[uint64]connectPodFlags) error {

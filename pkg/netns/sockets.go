@@ -26,9 +26,6 @@ type Socket struct {
 // tcp_states.h). A socket that several processes share comes once. Processes
 // that end meanwhile are skipped.
 func (n *NetNS) TCPSockets(states ...uint8) ([]Socket, error) {
-	if !n.HasTCP() {
-		return nil, nil // nobody is in it yet: do not look at every process
-	}
 	pids, err := n.processes()
 	if err != nil {
 		return nil, err
