@@ -14,9 +14,9 @@ import (
 // holdEnv makes the test binary a process that only holds what it is given.
 const holdEnv = "SLUICE_TEST_HOLD"
 
-// holdAndExit ends this process, if it was started by Hold, with its standard
-// input.
-func holdAndExit() {
+// HoldAndExit ends this process, if it was started by Hold, with its standard
+// input. Main calls it; call it first in a TestMain that does more.
+func HoldAndExit() {
 	if os.Getenv(holdEnv) == "" {
 		return
 	}

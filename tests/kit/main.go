@@ -36,7 +36,7 @@ var world struct {
 
 // Main runs a package's tests in a private cgroup, with a private bpffs.
 func Main(m *testing.M) {
-	holdAndExit()
+	HoldAndExit()
 	os.Exit(run(m))
 }
 

@@ -79,9 +79,10 @@ func TestKilledAtAnyMomentTheNextRunRepairs(t *testing.T) {
 
 	for i := range 20 {
 		// From nothing, from what is there, and with the pod enrolled or not.
-		if i%4 == 0 {
+		switch i % 4 {
+		case 0:
 			sluicectl(t, down...)
-		} else if i%4 == 2 {
+		case 2:
 			sluicectl(t, "unenroll", "--bpffs", dir, "--netns", path)
 		}
 		killed(t, rand.N(upTakes), up...)

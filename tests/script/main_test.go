@@ -30,6 +30,7 @@ func (w inWorld) Run() int { return kit.Run(w.M) }
 
 // The test binary is sluicectl too: under that name, in a directory of the PATH.
 func TestMain(m *testing.M) {
+	kit.HoldAndExit()
 	testscript.Main(inWorld{m}, map[string]func(){
 		"sluicectl": func() { os.Exit(ctl.Run(ctl.Env{Out: os.Stdout, Err: os.Stderr}, os.Args[1:])) },
 	})
