@@ -60,6 +60,7 @@ enum pod_flags {
 	POD_INBOUND_TC = 1 << 5, /* the TC ingress program is attached as well */
 	POD_GUARD = 1 << 6, /* the TC egress guard is attached */
 	POD_TCX = 1 << 10, /* TC programs by TCX link, otherwise by clsact filter */
+	POD_ADDED_SOURCE6 = 1 << 11, /* enrolment added ::6 to lo */
 	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
 	/* set and cleared by sockops and user space as the proxy listens: an IPv4
 	 * listener of its on that port is, or was, in listeners, so that sk_lookup

@@ -120,6 +120,7 @@ const (
 	connectPodFlagsPOD_INBOUND_TC          connectPodFlags = 32
 	connectPodFlagsPOD_GUARD               connectPodFlags = 64
 	connectPodFlagsPOD_TCX                 connectPodFlags = 1024
+	connectPodFlagsPOD_ADDED_SOURCE6       connectPodFlags = 2048
 	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
 	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
 	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512

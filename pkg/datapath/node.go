@@ -235,6 +235,14 @@ func removePods(dir string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("list the pods' links: %w", err)
 	}
+	flags := map[uint64]connectPodFlags{}
+	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
+	if err == nil {
+		defer table.Close()
+		if err := eachPod(table, func(cookie uint64, p connectPod) { flags[cookie] = p.Flags }); err != nil {
+			return len(entries), err
+		}
+	}
 	paths := netns.ByCookie()
 	var errs error
 	for _, e := range entries {
@@ -250,14 +258,15 @@ func removePods(dir string) (int, error) {
 		}
 		errs = errors.Join(errs, d.detachPod(cookie, ns))
 		if ns != nil {
+			if flags[cookie]&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
+				errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
+			}
 			errs = errors.Join(errs, ns.Close())
 		}
 	}
-	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
-	if err != nil {
+	if table == nil {
 		return len(entries), errs // of another layout: what is pinned goes all the same
 	}
-	defer table.Close()
 	return len(entries), errors.Join(errs, deleteWhere(table, func(uint64) bool { return true }))
 }
 

@@ -3,6 +3,8 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/cilium/ebpf"
 
@@ -114,6 +116,12 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if !pod.NoGuard {
 		value.Flags |= connectPodFlagsPOD_GUARD
 	}
+	if out.Already {
+		value.Flags |= d.lasting(cookie)
+	}
+	if err := addProxySource(ns, &network, &value); err != nil {
+		return err
+	}
 	if err := d.writeOwnAddrs(cookie, network, out.Already); err != nil {
 		return err
 	}
@@ -124,9 +132,6 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
-	}
-	if out.Already {
-		value.Flags |= d.assignable(cookie)
 	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
@@ -176,6 +181,9 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	if known {
 		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
 	}
+	if ns != nil && value.Flags&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
+		errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
+	}
 	return errs
 }
 
@@ -202,13 +210,33 @@ func (d *Datapath) deleteTargets(cookie uint64) error {
 	return errs
 }
 
-// assignable are the flags that follow the proxy's listeners, not the rules.
-func (d *Datapath) assignable(cookie uint64) connectPodFlags {
+// lasting are the flags of an enrolled pod that follow neither from its rules
+// nor from what is asked.
+func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 	var p connectPod
 	if d.maps["pods"].Lookup(cookie, &p) != nil {
 		return 0
 	}
-	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE)
+	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE | connectPodFlagsPOD_ADDED_SOURCE6)
+}
+
+// proxySource6 is what a proxy binds as its source when it calls the app over
+// IPv6. 127.0.0.6 is there by itself; this one Istio adds, and so must we.
+var proxySource6 = netip.MustParseAddr("::6")
+
+func addProxySource(ns *netns.NetNS, network *netns.Network, value *connectPod) error {
+	if !network.Primary6.IsValid() || slices.Contains(network.Addresses, proxySource6) {
+		return nil
+	}
+	added, err := ns.AddLoopback(proxySource6)
+	if err != nil {
+		return err
+	}
+	if added {
+		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
+	}
+	network.Addresses = append(network.Addresses, proxySource6)
+	return nil
 }
 
 func (d *Datapath) deleteStats(cookie uint64) error {

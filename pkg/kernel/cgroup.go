@@ -79,7 +79,7 @@ func IsInside(dir string) bool {
 func IsCgroup2(dir string) error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
-		return fmt.Errorf("cgroup directory %s: %w", dir, err)
+		return fmt.Errorf("cgroup directory %s: %w; give an existing directory below a cgroup2 mount (\"mount -t cgroup2\" lists them)", dir, err)
 	}
 	if fs.Type != unix.CGROUP2_SUPER_MAGIC {
 		return fmt.Errorf("%s is not a cgroup2 directory: give one below a cgroup2 mount (\"mount -t cgroup2\" lists them)", dir)

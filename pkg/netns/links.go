@@ -3,6 +3,7 @@ package netns
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
@@ -71,6 +72,51 @@ func (n *NetNS) Inspect() (Network, error) {
 	out.addPrimary(other.Primary4)
 	out.addPrimary(other.Primary6)
 	return out, nil
+}
+
+// AddLoopback adds an IPv6 address to lo. It says whether it was not there
+// before.
+func (n *NetNS) AddLoopback(a netip.Addr) (added bool, err error) {
+	handle, err := n.Handle()
+	if err != nil {
+		return false, err
+	}
+	lo, addr, err := onLoopback(handle, a)
+	if err == nil {
+		err = handle.AddrAdd(lo, addr)
+	}
+	if errors.Is(err, unix.EEXIST) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("add %s to lo of %s: %w", a, n.path, err)
+	}
+	return true, nil
+}
+
+// RemoveLoopback removes an address from lo, where it is there.
+func (n *NetNS) RemoveLoopback(a netip.Addr) error {
+	handle, err := n.Handle()
+	if err != nil {
+		return err
+	}
+	lo, addr, err := onLoopback(handle, a)
+	if err == nil {
+		err = handle.AddrDel(lo, addr)
+	}
+	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("remove %s from lo of %s: %w", a, n.path, err)
+	}
+	return nil
+}
+
+func onLoopback(handle *netlink.Handle, a netip.Addr) (netlink.Link, *netlink.Addr, error) {
+	lo, err := handle.LinkByName("lo")
+	if err != nil {
+		return nil, nil, err
+	}
+	whole := net.CIDRMask(a.BitLen(), a.BitLen())
+	return lo, &netlink.Addr{IPNet: &net.IPNet{IP: a.AsSlice(), Mask: whole}, Flags: unix.IFA_F_NODAD}, nil
 }
 
 func (n *Network) addPrimary(a netip.Addr) {
