@@ -146,8 +146,8 @@ func TestOutboundManyConnectionsAtOnceFromFewPorts(t *testing.T) {
 
 const nameSize = 64 // an original destination as text, padded
 
-// tellingProxy accepts until stopped, writes the original destination on each
-// connection and closes it when the client does. Closed closes at once, with
+// tellingProxy accepts until stopped, waits for a byte, writes the original
+// destination on each connection and closes it. Closed closes at once, with
 // whatever waits.
 func tellingProxy(listener *kit.Sock, f family) (closed func()) {
 	stop, done := make(chan struct{}), make(chan struct{})
@@ -165,6 +165,7 @@ func tellingProxy(listener *kit.Sock, f family) (closed func()) {
 				continue
 			}
 			to, err := c.OrigDst(f.level)
+			_ = c.ReadFull(make([]byte, 1))
 			_ = c.WriteAll(fmt.Appendf(nil, "%-*s", nameSize, fmt.Sprint(to, " ", err)))
 			c.Close()
 		}
@@ -179,6 +180,11 @@ func ask(p *kit.Pod, f family, to netip.AddrPort) error {
 		return fmt.Errorf("dial: %w", err)
 	}
 	defer s.Close()
+	// Who only reads may wait for ever where a listener closes and the last
+	// packet of a handshake is lost, as on a busy machine: say something.
+	if err := s.WriteAll([]byte{'?'}); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
 	got := make([]byte, nameSize)
 	if err := s.ReadFull(got); err != nil {
 		return fmt.Errorf("read: %w", err)
