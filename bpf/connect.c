@@ -181,12 +181,16 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	addr_of_sock(&src, sk);
 	reason = decide_out(cookie, pod, &src, dst, dport);
 	captured = is_captured(reason);
-	if (captured && (!dport || is_ours(pod, dst, dport))) {
-		/* Nobody listens on port 0: refuse, as a far host would. And an
-		 * address of ours that stood for itself would never end.
-		 */
+	/* Nobody listens on port 0: refuse, as a far host would. And an address of
+	 * ours that stood for itself would never end.
+	 */
+	if (captured && !dport)
+		reason = LEFT_TO_KERNEL;
+	else if (captured && is_ours(pod, dst, dport))
+		reason = REFUSED_LOOP;
+	if (reason == REFUSED_LOOP || (captured && !dport)) {
 		forget(sk);
-		count(cookie, LEFT_TO_KERNEL);
+		count(cookie, reason);
 		return REFUSE;
 	}
 	if (captured) {

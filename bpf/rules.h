@@ -72,6 +72,12 @@ static __always_inline bool cidr_captures(const struct pod *pod, const struct ad
 	return pod->flags & POD_OUT_DEFAULT_CAPTURE;
 }
 
+/* Is this the pod's proxy's? The ports that handshakes belong to. */
+static __always_inline bool is_capture_port(const struct pod *pod, __u16 port)
+{
+	return port == pod->out_port || port == pod->in_port;
+}
+
 /* Outbound: what becomes of a connect() to dst:port from src (zero: not bound). */
 static __always_inline enum reason decide_out(__u64 cookie, const struct pod *pod,
 					      const struct addr *src, const struct addr *dst,
@@ -91,10 +97,12 @@ static __always_inline enum reason decide_out(__u64 cookie, const struct pod *po
 	if (pod->flags & POD_OUT_HAS_PORTS &&
 	    port_rule(pod->rules_id, DIR_OUT, port) == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */
-	if (local && addr_is_proxy_source(src))
-		return DIRECT_PROXY_SOURCE; /* O2 */
 	id = bpf_get_current_uid_gid();
 	proxy = proxy_verdict(pod->rules_id, (__u32)id, id >> 32);
+	if (local && is_capture_port(pod, port) && (proxy || addr_is_proxy_source(src)))
+		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
+	if (local && addr_is_proxy_source(src))
+		return DIRECT_PROXY_SOURCE; /* O2 */
 	if (proxy == ID_EXEMPT_SELF && local && !lo && port != PORT_HBONE)
 		return CAPTURED_SELF; /* O3, O6 */
 	if (local && !(pod->flags & POD_LOCAL_CAPTURABLE))
@@ -117,12 +125,6 @@ static __always_inline bool captured_in(const struct pod *pod, __u16 port)
 	if (pod->flags & POD_IN_DEFAULT_CAPTURE)
 		return verdict != RULE_DIRECT; /* I2, I3 */
 	return verdict == RULE_CAPTURE;
-}
-
-/* Is this the pod's proxy's? The ports that handshakes belong to. */
-static __always_inline bool is_capture_port(const struct pod *pod, __u16 port)
-{
-	return port == pod->out_port || port == pod->in_port;
 }
 
 static __always_inline bool is_captured(enum reason reason)

@@ -48,6 +48,7 @@ enum reason {
 	/* about the proxy's listeners */
 	LISTENER_NOT_MAPPABLE, /* an MPTCP listener: needs the TC way */
 	LISTENER_SLOTS_FULL, /* more than SLUICE_LISTENER_SLOTS listeners */
+	REFUSED_LOOP, /* the proxy, or a call from its source, to its own ports */
 	REASON_MAX,
 };
 

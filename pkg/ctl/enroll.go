@@ -53,7 +53,7 @@ connections are left alone.`,
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
-	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where connections are open already)")
+	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd
@@ -88,6 +88,8 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	cmd.Printf("%s %s (cookie %d, inbound by %s).\n", f.netns, what, done.Cookie, done.Inbound)
 	if done.Listeners > 0 {
 		cmd.Printf("  The proxy was running: %d of its listeners are known.\n", done.Listeners)
+	} else if !done.Already {
+		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, connections are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
 	}
 	if done.Before > 0 {
 		cmd.Printf("  %d connections were being opened before: they go on unredirected.\n", done.Before)
@@ -127,6 +129,9 @@ func (f enrollFlags) parse() (datapath.Pod, error) {
 		key, value, ok := strings.Cut(text, "=")
 		if !ok || key == "" {
 			return pod, fmt.Errorf("--annotation: %q is not KEY=VALUE", text)
+		}
+		if !strings.Contains(key, "/") {
+			return pod, fmt.Errorf("--annotation: %q is not a full annotation name, such as traffic.sidecar.istio.io/excludeOutboundPorts", key)
 		}
 		if _, twice := annotations[key]; twice {
 			return pod, fmt.Errorf("--annotation: %s is given twice", key)

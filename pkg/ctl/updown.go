@@ -119,7 +119,20 @@ func dropMount(dir string) error {
 		return nil
 	}
 	entries, err := os.ReadDir(parent)
-	if err != nil || len(entries) != 1 || entries[0].Name() != mountMark {
+	if err != nil {
+		return nil
+	}
+	ours := false
+	for _, e := range entries {
+		switch e.Name() {
+		case mountMark:
+			ours = true
+		case "maps.debug", "progs.debug": // the kernel's own (CONFIG_BPF_PRELOAD)
+		default:
+			return nil // somebody uses it
+		}
+	}
+	if !ours {
 		return nil
 	}
 	if err := os.Remove(mark); err != nil {

@@ -175,7 +175,8 @@ const (
 	connectReasonGUARD_LOOPBACK        connectReason = 20
 	connectReasonLISTENER_NOT_MAPPABLE connectReason = 21
 	connectReasonLISTENER_SLOTS_FULL   connectReason = 22
-	connectReasonREASON_MAX            connectReason = 23
+	connectReasonREFUSED_LOOP          connectReason = 23
+	connectReasonREASON_MAX            connectReason = 24
 )
 
 type connectRecord struct {

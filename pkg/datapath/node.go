@@ -116,8 +116,8 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 }
 
 // attachNode replaces the program of a pinned link, or attaches and pins a new
-// one. A pinned link whose cgroup is gone, or is not the wanted one, is made
-// anew.
+// one. A link whose cgroup is gone is made anew; one on another cgroup is not
+// moved, for the pods that are enrolled would be seen by nobody.
 func (d *Datapath) attachNode(hook nodeHook, prog *ebpf.Program) error {
 	dir := d.opts.Cgroup
 	if hook.sockopt {
@@ -127,11 +127,15 @@ func (d *Datapath) attachNode(hook nodeHook, prog *ebpf.Program) error {
 	old, err := link.LoadPinnedLink(pin, nil)
 	if err == nil {
 		defer old.Close()
-		if d.onCgroup(old, dir) {
+		where := cgroupOf(old)
+		if where == cgroupID(dir) && where != 0 {
 			if err := old.Update(prog); err != nil {
 				return fmt.Errorf("replace %s: %w", hook.name, err)
 			}
 			return nil
+		}
+		if where != 0 {
+			return fmt.Errorf("%w: %s is attached to cgroup %d, not to %s (%d); give the same cgroup, or run \"sluicectl down\" first", ErrElsewhere, hook.name, where, dir, cgroupID(dir))
 		}
 		if err := old.Unpin(); err != nil {
 			return fmt.Errorf("unpin %s: %w", pin, err)
@@ -166,15 +170,21 @@ func attachCgroup(dir string, attach ebpf.AttachType, prog *ebpf.Program) (link.
 	return l, err
 }
 
-// onCgroup says whether a link is attached to the cgroup of a directory.
-func (d *Datapath) onCgroup(l link.Link, dir string) bool {
+// cgroupOf is the ID of the cgroup that a link is attached to; 0 if it is gone.
+func cgroupOf(l link.Link) uint64 {
 	info, err := l.Info()
-	if err != nil {
-		return false
+	if err != nil || info.Cgroup() == nil {
+		return 0
 	}
-	cg := info.Cgroup()
+	return info.Cgroup().CgroupId
+}
+
+func cgroupID(dir string) uint64 {
 	var st unix.Stat_t
-	return cg != nil && unix.Stat(dir, &st) == nil && cg.CgroupId == st.Ino
+	if unix.Stat(dir, &st) != nil {
+		return 0
+	}
+	return st.Ino
 }
 
 // Down removes every link, filter, map and pin below dir, waits until the kernel

@@ -77,6 +77,9 @@ func (o *Options) complete() {
 // ErrNotUp is returned where no datapath is pinned.
 var ErrNotUp = errors.New("sluice is not up")
 
+// ErrElsewhere is returned where the datapath is attached to another cgroup.
+var ErrElsewhere = errors.New("sluice is up on another cgroup")
+
 // ErrLayout is returned for pinned maps that these programs cannot use.
 var ErrLayout = errors.New("the pinned maps are of another version")
 

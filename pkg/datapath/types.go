@@ -58,7 +58,7 @@ var reasonNames = [...]string{
 	"direct-loopback", "direct-port-in", "left-to-kernel", "passed-before",
 	"refused-no-memory", "refused-table-full", "refused-no-handshake", "refused-no-listener",
 	"refused-no-pod", "refused-no-record", "guard-no-verdict", "guard-loopback",
-	"listener-not-mappable", "listener-slots-full",
+	"listener-not-mappable", "listener-slots-full", "refused-loop",
 }
 
 // ReasonName is a reason as people read it.
