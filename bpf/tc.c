@@ -186,23 +186,6 @@ int guard(struct __sk_buff *skb)
 	return TC_ACT_SHOT;
 }
 
-/* Who would get this packet? The kernel's own answer, our sk_lookup program
- * included. It counts nothing meanwhile.
- */
-static __always_inline bool somebody_has(struct __sk_buff *skb, struct scratch *this,
-					 struct bpf_sock_tuple *tuple, __u32 len)
-{
-	struct bpf_sock *sk;
-
-	this->tc_asks = 1;
-	sk = bpf_skc_lookup_tcp(skb, tuple, len, BPF_F_CURRENT_NETNS, 0);
-	this->tc_asks = 0;
-	if (!sk)
-		return false;
-	bpf_sk_release(sk);
-	return true;
-}
-
 /* What user space noted of an MPTCP listener stands on the msk, not on the
  * subflow that listens.
  */
@@ -214,6 +197,27 @@ static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *po
 		return BOUND_BY_PROXY(sk, pod);
 	msk = bpf_skc_to_mptcp_sock(sk);
 	return msk && BOUND_BY_PROXY(msk, pod);
+}
+
+/* Is this packet somebody's already? The kernel's own answer, our sk_lookup
+ * program included, which counts nothing meanwhile: an open connection, a
+ * handshake, or the proxy's listener. Not another listener: that is the app's,
+ * seen while the pod is being enrolled and sk_lookup is not attached yet.
+ */
+static __always_inline bool is_taken(struct __sk_buff *skb, struct scratch *this,
+				     const struct pod *pod, struct bpf_sock_tuple *tuple, __u32 len)
+{
+	struct bpf_sock *sk;
+	bool taken;
+
+	this->tc_asks = 1;
+	sk = bpf_skc_lookup_tcp(skb, tuple, len, BPF_F_CURRENT_NETNS, 0);
+	this->tc_asks = 0;
+	if (!sk)
+		return false;
+	taken = sk->state != BPF_TCP_LISTEN || proxys_own(sk, pod);
+	bpf_sk_release(sk);
+	return taken;
 }
 
 SEC("tc")
@@ -246,9 +250,9 @@ int tc_inbound(struct __sk_buff *skb)
 		tuple.ipv6.sport = p.sport;
 		tuple.ipv6.dport = p.dport;
 	}
-	if (len == sizeof(tuple.ipv4) ? somebody_has(skb, this, &tuple, sizeof(tuple.ipv4)) :
-					somebody_has(skb, this, &tuple, sizeof(tuple.ipv6)))
-		return NEXT; /* an open connection, a handshake, or what sk_lookup assigns */
+	if (len == sizeof(tuple.ipv4) ? is_taken(skb, this, pod, &tuple, sizeof(tuple.ipv4)) :
+					is_taken(skb, this, pod, &tuple, sizeof(tuple.ipv6)))
+		return NEXT;
 
 	/* Source port 0: a question to the kernel that sk_lookup leaves alone. */
 	if (addr_is4(&p.dst)) {
