@@ -81,10 +81,7 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 	if err != nil {
 		return err
 	}
-	compiled := pod.Rules.Compile()
-	_, uid := compiled.UIDs[binder.Uid]
-	_, gid := compiled.GIDs[binder.Gid]
-	if s.State != tcpListen || !uid && !gid {
+	if s.State != tcpListen || !pod.Rules.IsProxy(binder.Uid, binder.Gid) {
 		return nil
 	}
 	if local.Addr().IsLoopback() {

@@ -29,6 +29,8 @@ type Enrolment struct {
 	Before    int  // connections whose SYN was out already: they stay as they are
 	Inbound   Inbound
 	Notes     []string // what a person should know
+
+	addedSource6 bool // ::6 was added to lo, and a failure must remove it
 }
 
 // ErrNotReady is returned for a namespace that cannot be enrolled as it is.
@@ -73,6 +75,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err := d.enroll(ns, network, pod, &out); err != nil {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
+		}
+		if out.addedSource6 { // the pod's entry may not have got as far as to say so
+			err = errors.Join(err, ns.RemoveLoopback(proxySource6))
 		}
 		// Its rules may be written, and no pod has them.
 		return Enrolment{}, errors.Join(err, d.dropOrphans())
@@ -119,8 +124,11 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if out.Already {
 		value.Flags |= d.lasting(cookie)
 	}
-	if err := addProxySource(ns, &network, &value); err != nil {
+	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
+	}
+	if out.addedSource6 {
+		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
 	}
 	if err := d.writeOwnAddrs(cookie, network, out.Already); err != nil {
 		return err
@@ -224,19 +232,13 @@ func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 // IPv6. 127.0.0.6 is there by itself; this one Istio adds, and so must we.
 var proxySource6 = netip.MustParseAddr("::6")
 
-func addProxySource(ns *netns.NetNS, network *netns.Network, value *connectPod) error {
+func addProxySource(ns *netns.NetNS, network *netns.Network) (added bool, err error) {
 	if !network.Primary6.IsValid() || slices.Contains(network.Addresses, proxySource6) {
-		return nil
+		return false, nil
 	}
-	added, err := ns.AddLoopback(proxySource6)
-	if err != nil {
-		return err
-	}
-	if added {
-		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
-	}
+	added, err = ns.AddLoopback(proxySource6)
 	network.Addresses = append(network.Addresses, proxySource6)
-	return nil
+	return added, err
 }
 
 func (d *Datapath) deleteStats(cookie uint64) error {

@@ -101,6 +101,11 @@ func (r Rules) Normalise() (Rules, error) {
 	return r, nil
 }
 
+// IsProxy says whether a process with these real IDs is the proxy.
+func (r Rules) IsProxy(uid, gid uint32) bool {
+	return slices.Contains(r.ProxyUIDs, uid) || slices.Contains(r.ProxyGIDs, gid)
+}
+
 // Digest names normalised rules: equal rules have equal digests.
 func (r Rules) Digest() [32]byte {
 	text, err := json.Marshal(r)

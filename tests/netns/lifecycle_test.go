@@ -157,7 +157,7 @@ func TestAFailedEnrolmentLeavesNothing(t *testing.T) {
 // enrolFails expects an enrolment to fail, and nothing to be left of it.
 func enrolFails(t *testing.T, d *datapath.Datapath, opts datapath.Options, p *kit.Pod, want error, change func(*datapath.Pod)) {
 	t.Helper()
-	before := stateOf(t, opts.Dir)
+	before, addresses := stateOf(t, opts.Dir), addressesOf(t, p)
 	pod := datapath.Pod{Rules: rules.Default()}
 	change(&pod)
 	if _, err := d.Enroll(p.NetNS, pod); !errors.Is(err, want) {
@@ -166,12 +166,29 @@ func enrolFails(t *testing.T, d *datapath.Datapath, opts datapath.Options, p *ki
 	if diff := cmp.Diff(before, stateOf(t, opts.Dir)); diff != "" {
 		t.Error("it leaves:", diff)
 	}
+	if diff := cmp.Diff(addresses, addressesOf(t, p)); diff != "" {
+		t.Error("it changes the pod's addresses:", diff)
+	}
 	if n := tcxPrograms(t, p, "eth0"); n != 0 {
 		t.Errorf("it leaves %d TCX programs", n)
 	}
 	if _, err := os.Stat(filepath.Join(opts.Dir, datapath.Layout, "links", "pods", fmt.Sprint(p.Cookie()))); !errors.Is(err, os.ErrNotExist) {
 		t.Error("it leaves a directory of links")
 	}
+}
+
+func addressesOf(t *testing.T, p *kit.Pod) []string {
+	t.Helper()
+	network, err := p.Inspect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, a := range network.Addresses {
+		out = append(out, a.String())
+	}
+	slices.Sort(out)
+	return out
 }
 
 // fillMark is in the keys of fillMap, and in no real one: cookies and rule sets
