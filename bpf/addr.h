@@ -80,14 +80,6 @@ static __always_inline bool addr_is_loopback(const struct addr *a)
 	return addr_is6_low(a, 1);
 }
 
-/* 127.0.0.1 or ::1 and nothing else (V4LO, V6LO in Istio's rules). */
-static __always_inline bool addr_is_lo_address(const struct addr *a)
-{
-	if (addr_is4(a))
-		return addr_v4(a) == LOOPBACK4;
-	return addr_is6_low(a, 1);
-}
-
 /* The index of an address of the address book; 0 is none. */
 static __always_inline __u32 target_index_of(__be32 v4)
 {

@@ -152,16 +152,23 @@ static __always_inline bool is_ours(const struct pod *pod, const struct addr *ds
 	       addr_v4(dst) >= SPREAD4;
 }
 
+static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
+{
+	if (reason == CAPTURED_DNS)
+		return pod->dns_port;
+	return reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
+}
+
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
 					       struct choice *to)
 {
 	__u16 dport = bpf_ntohs(ctx->user_port);
+	struct call call = { .port = dport, .protocol = IPPROTO_TCP };
+	bool captured, refused, anywhere = false;
 	struct bpf_sock *sk = ctx->sk;
 	struct record *rec;
 	enum reason reason;
 	struct pod *pod;
-	struct addr src;
-	bool captured, anywhere = false;
 	__u64 cookie;
 
 	if (ctx->protocol != IPPROTO_TCP || !sk)
@@ -178,25 +185,31 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		else
 			addr_set(dst, 0, 0, 0, bpf_htonl(1));
 	}
-	addr_of_sock(&src, sk);
-	reason = decide_out(cookie, pod, &src, dst, dport);
+	call.cookie = cookie;
+	call.dst = *dst;
+	call.ifindex = sk->bound_dev_if;
+	addr_of_sock(&call.src, sk);
+	reason = decide_out(pod, &call);
 	captured = is_captured(reason);
-	/* Nobody listens on port 0: refuse, as a far host would. And an address of
-	 * ours that stood for itself would never end.
-	 */
-	if (captured && !dport)
+	refused = reason == REFUSED_LOOP;
+	if (captured && !dport) { /* nobody listens there: refuse, as a far host would */
 		reason = LEFT_TO_KERNEL;
-	else if (captured && is_ours(pod, dst, dport))
+		refused = true;
+	} else if (captured && is_ours(pod, dst, dport)) { /* would stand for itself */
 		reason = REFUSED_LOOP;
-	if (reason == REFUSED_LOOP || (captured && !dport)) {
+		refused = true;
+	}
+	if (refused) {
 		forget(sk);
 		count(cookie, reason);
 		return REFUSE;
 	}
 	if (captured) {
-		to->port = reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
-		anywhere = addr_is4(dst) && accepts_anywhere(ctx, pod, to->port);
-		if (anywhere && addr_is_any(&src) && by_target(sk, cookie, dst, dport, to)) {
+		to->port = port_of(pod, reason);
+		/* The DNS proxy listens on 127.0.0.1, and has few connections. */
+		anywhere = addr_is4(dst) && reason != CAPTURED_DNS &&
+			   accepts_anywhere(ctx, pod, to->port);
+		if (anywhere && addr_is_any(&call.src) && by_target(sk, cookie, dst, dport, to)) {
 			count(cookie, reason);
 			return REWRITE;
 		}
@@ -214,7 +227,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	rec->dport = dport;
 	rec->reason = reason;
 	rec->flags = 0;
-	if (captured && addr_is_any(&src) && !addr_is_loopback(dst)) {
+	if (captured && addr_is_any(&call.src) && !addr_is_loopback(dst)) {
 		rec->flags |= RECORD_PRESENT_SRC;
 		if (reason == CAPTURED_SELF) /* to oneself, the kernel answers from there */
 			rec->src = *dst;

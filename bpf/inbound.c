@@ -16,8 +16,6 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
-#define LOOPBACK_IFINDEX 1
-
 /* The TC program's question is not a packet: do not count it. */
 static __always_inline void count_packet(const struct scratch *this, enum reason reason)
 {

@@ -38,15 +38,16 @@ struct {
 	__type(value, enum own_kind);
 } own_addrs SEC(".maps");
 
-/* The proxy's identities (the UID 1337 exclusions), by rule set. Written by user space; read by connect and post_bind. Full:
- * enrolment fails.
+/* The proxy's identities (the UID 1337 exclusions) and the owner groups, by rule
+ * set. Written by user space; read by connect and post_bind. Full: enrolment
+ * fails.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, SLUICE_MAX_PODS * 8);
 	__type(key, struct proxy_id_key);
-	__type(value, enum id_verdict);
+	__type(value, __u32); /* enum id_flags; of ID_OWNER enum rule_verdict */
 } proxy_ids SEC(".maps");
 
 /* Port rules by rule set. Written by user space;
@@ -79,6 +80,38 @@ struct {
 	__type(key, struct cidr6_key);
 	__type(value, enum rule_verdict);
 } cidr_rules6 SEC(".maps");
+
+/* The excluded and rerouted interfaces of the pods that have any. Written by
+ * user space, kept current from the namespace; read by connect, sk_lookup and
+ * TC. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct interface_key);
+	__type(value, enum interface_kind);
+} interfaces SEC(".maps");
+
+/* The routing tables of the pods that exclude interfaces, for connect programs
+ * may not ask the kernel's. Written by user space, kept current from the
+ * namespace; read by connect. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 64);
+	__type(key, struct route4_key);
+	__type(value, enum route_kind);
+} routes4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 64);
+	__type(key, struct route6_key);
+	__type(value, enum route_kind);
+} routes6 SEC(".maps");
 
 /* The proxy's own listening sockets on its two ports. Written by sockops when
  * it listens and by user space for those opened before enrolment; read by

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* The order of decisions. One function for IPv4 and IPv6 in each direction.
- * The names O1..O14 and I1..I3 are those of docs/rules.md.
+ * The names O0..O14 and I0..I3 are those of docs/rules.md.
  */
 #ifndef SLUICE_RULES_H
 #define SLUICE_RULES_H
@@ -10,6 +10,8 @@
 #include "maps.h"
 
 #define PORT_HBONE 15008 /* the mesh's own tunnel: never captured */
+#define PORT_DNS 53
+#define LOOPBACK_IFINDEX 1
 
 static __always_inline enum rule_verdict port_rule(__u32 rules_id, enum direction direction,
 						   __u16 port)
@@ -25,18 +27,22 @@ static __always_inline enum rule_verdict port_rule(__u32 rules_id, enum directio
 	return verdict ? *verdict : 0;
 }
 
-/* An exemption: the UID's if it has one, else the GID's. */
-static __always_inline enum id_verdict proxy_verdict(__u32 rules_id, __u32 uid, __u32 gid)
+static __always_inline __u32 id_value(__u32 rules_id, enum id_kind kind, __u32 id)
 {
-	struct proxy_id_key key = { .rules_id = rules_id, .kind = ID_UID, .id = uid };
-	enum id_verdict *verdict = bpf_map_lookup_elem(&proxy_ids, &key);
+	struct proxy_id_key key = { .rules_id = rules_id, .kind = kind, .id = id };
+	__u32 *value = bpf_map_lookup_elem(&proxy_ids, &key);
 
-	if (verdict)
-		return *verdict;
-	key.kind = ID_GID;
-	key.id = gid;
-	verdict = bpf_map_lookup_elem(&proxy_ids, &key);
-	return verdict ? *verdict : 0;
+	return value ? *value : 0;
+}
+
+/* What the caller is to the proxy: its UID's flags if it has some, else its
+ * GID's. enum id_flags.
+ */
+static __always_inline __u32 proxy_flags(__u32 rules_id, __u32 uid, __u32 gid)
+{
+	__u32 flags = id_value(rules_id, ID_UID, uid);
+
+	return flags ? flags : id_value(rules_id, ID_GID, gid);
 }
 
 /* Was this socket bound to its port by the proxy? (sk may be any kind of socket
@@ -45,10 +51,13 @@ static __always_inline enum id_verdict proxy_verdict(__u32 rules_id, __u32 uid, 
 #define BOUND_BY_PROXY(sk, pod)                                               \
 	({                                                                    \
 		struct binder *b_ = bpf_sk_storage_get(&binders, (sk), 0, 0); \
-		b_ &&proxy_verdict((pod)->rules_id, b_->uid, b_->gid);        \
+		b_ &&proxy_flags((pod)->rules_id, b_->uid, b_->gid);          \
 	})
 
-static __always_inline bool cidr_captures(const struct pod *pod, const struct addr *dst)
+/* What the ranges say of an address; 0: they do not hold it. RULE_DIRECT is
+ * said by an exclude only.
+ */
+static __always_inline enum rule_verdict cidr_rule(const struct pod *pod, const struct addr *dst)
 {
 	enum rule_verdict *verdict = 0;
 
@@ -67,51 +76,141 @@ static __always_inline bool cidr_captures(const struct pod *pod, const struct ad
 			verdict = bpf_map_lookup_elem(&cidr_rules6, &key);
 		}
 	}
-	if (verdict)
-		return *verdict == RULE_CAPTURE;
-	return pod->flags & POD_OUT_DEFAULT_CAPTURE;
+	return verdict ? *verdict : 0;
 }
 
-/* Is this the pod's proxy's? The ports that handshakes belong to. */
+/* The two ports at which the proxy takes what was captured. */
 static __always_inline bool is_capture_port(const struct pod *pod, __u16 port)
 {
 	return port == pod->out_port || port == pod->in_port;
 }
 
-/* Outbound: what becomes of a connect() to dst:port from src (zero: not bound). */
-static __always_inline enum reason decide_out(__u64 cookie, const struct pod *pod,
-					      const struct addr *src, const struct addr *dst,
-					      __u16 port)
+/* The ports at which a connection may arrive that another address was meant for. */
+static __always_inline bool may_be_captured(const struct pod *pod, __u16 port)
 {
-	bool lo = addr_is_lo_address(dst);
-	enum own_kind own = own_kind(&own_addrs, cookie, dst);
-	bool local = addr_is_loopback(dst) || own == OWN_ADDR;
-	enum id_verdict proxy;
+	return is_capture_port(pod, port) || (pod->flags & POD_DNS && port == pod->dns_port);
+}
+
+/* What counts as 127.0.0.1 or ::1 (V4LO, V6LO in Istio's rules). */
+static __always_inline bool is_lo_address(const struct pod *pod, const struct addr *a)
+{
+	if (addr_is4(a))
+		return (addr_word(a, 3) & pod->loopback_mask) == pod->loopback_net;
+	return addr_is6_low(a, 1);
+}
+
+/* A connect() or a datagram to dst:port. */
+struct call {
+	__u64 cookie;
+	struct addr src; /* zero: not bound */
+	struct addr dst;
+	__u16 port;
+	__u8 protocol;
+	__u32 ifindex; /* SO_BINDTODEVICE; 0: none */
+};
+
+static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 ifindex)
+{
+	struct interface_key key = { .cookie = cookie, .ifindex = ifindex };
+	enum interface_kind *kind = bpf_map_lookup_elem(&interfaces, &key);
+
+	return kind ? *kind : 0;
+}
+
+/* Would the kernel send it out through an excluded interface? */
+static __always_inline bool leaves_by_excluded(const struct call *c, bool local)
+{
+	enum route_kind *kind;
+
+	if (local)
+		return interface_kind(c->cookie, LOOPBACK_IFINDEX) == INTERFACE_EXCLUDED;
+	if (c->ifindex)
+		return interface_kind(c->cookie, c->ifindex) == INTERFACE_EXCLUDED;
+	if (addr_is4(&c->dst)) {
+		struct route4_key key = { .prefixlen = 96, .cookie_low = c->cookie };
+
+		key.cookie_high = c->cookie >> 32;
+		__builtin_memcpy(key.addr, c->dst.b + 12, 4);
+		kind = bpf_map_lookup_elem(&routes4, &key);
+	} else {
+		struct route6_key key = { .prefixlen = 192, .cookie_low = c->cookie };
+
+		key.cookie_high = c->cookie >> 32;
+		__builtin_memcpy(key.addr, c->dst.b, 16);
+		kind = bpf_map_lookup_elem(&routes6, &key);
+	}
+	return kind && *kind == ROUTE_EXCLUDED;
+}
+
+static __always_inline bool owner_is_direct(const struct pod *pod, __u32 gid)
+{
+	__u32 verdict;
+
+	if (!(pod->flags & POD_HAS_OWNERS))
+		return pod->flags & POD_OWNERS_DIRECT;
+	verdict = id_value(pod->rules_id, ID_OWNER, gid);
+	return verdict ? verdict == RULE_DIRECT : pod->flags & POD_OWNERS_DIRECT;
+}
+
+/* In proxy-ready mode, before the proxy has listened. */
+static __always_inline bool goes_without(const struct pod *pod)
+{
+	return (pod->flags & (POD_WHEN_READY | POD_READY)) == POD_WHEN_READY;
+}
+
+/* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
+ * with POD_DNS.
+ */
+static __always_inline enum reason decide_out(const struct pod *pod, const struct call *c)
+{
+	enum own_kind own = own_kind(&own_addrs, c->cookie, &c->dst);
+	bool local = addr_is_loopback(&c->dst) || own == OWN_ADDR;
+	bool dns = pod->flags & POD_DNS && c->port == PORT_DNS;
+	bool tcp = c->protocol == IPPROTO_TCP;
+	bool lo = is_lo_address(pod, &c->dst);
+	enum rule_verdict by_address, by_port = 0;
+	__u32 proxy, uid, gid;
 	__u64 id;
 
-	if (!addr_is_unicast(dst) || own == OWN_BROADCAST)
+	if (!addr_is_unicast(&c->dst) || own == OWN_BROADCAST)
 		return LEFT_TO_KERNEL;
-	if (!local && addr_is_any(addr_is4(dst) ? &pod->addr4 : &pod->addr6) &&
-	    !addr_is_link_local6(dst))
+	if (!local && addr_is_any(addr_is4(&c->dst) ? &pod->addr4 : &pod->addr6) &&
+	    !addr_is_link_local6(&c->dst))
 		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
-	if (pod->flags & POD_OUT_HAS_PORTS &&
-	    port_rule(pod->rules_id, DIR_OUT, port) == RULE_DIRECT)
+	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local))
+		return DIRECT_INTERFACE; /* O0 */
+	if (pod->flags & POD_OUT_HAS_PORTS)
+		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);
+	if (by_port == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */
 	id = bpf_get_current_uid_gid();
-	proxy = proxy_verdict(pod->rules_id, (__u32)id, id >> 32);
-	if (local && is_capture_port(pod, port) && (proxy || addr_is_proxy_source(src)))
+	uid = id;
+	gid = id >> 32;
+	proxy = proxy_flags(pod->rules_id, uid, gid);
+	if (tcp && local && is_capture_port(pod, c->port) &&
+	    (proxy || addr_is_proxy_source(&c->src)))
 		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
-	if (local && addr_is_proxy_source(src))
+	if (local && addr_is_proxy_source(&c->src))
 		return DIRECT_PROXY_SOURCE; /* O2 */
-	if (proxy == ID_EXEMPT_SELF && local && !lo && port != PORT_HBONE)
+	if (tcp && local && !lo && c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
 		return CAPTURED_SELF; /* O3, O6 */
-	if (local && !(pod->flags & POD_LOCAL_CAPTURABLE))
+	if (local && !dns && !(pod->flags & POD_LOCAL_CAPTURABLE))
 		return lo ? DIRECT_LOOPBACK : DIRECT_LOCAL; /* O4, O7 */
 	if (proxy)
 		return DIRECT_PROXY; /* O5, O8 */
+	if (owner_is_direct(pod, gid))
+		return DIRECT_OWNER_GROUP; /* O9 */
+	if (dns)
+		return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_DNS; /* O10 */
 	if (lo)
 		return DIRECT_LOOPBACK; /* O11 */
-	return cidr_captures(pod, dst) ? CAPTURED_OUT : DIRECT_CIDR; /* O12, O14 */
+	by_address = cidr_rule(pod, &c->dst);
+	if (by_address == RULE_DIRECT)
+		return DIRECT_CIDR; /* O12 */
+	if (by_port != RULE_CAPTURE && by_address != RULE_CAPTURE &&
+	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
+		return DIRECT_CIDR;
+	return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
 }
 
 /* Inbound: is a connection to this port of the pod the proxy's? */
@@ -129,7 +228,14 @@ static __always_inline bool captured_in(const struct pod *pod, __u16 port)
 
 static __always_inline bool is_captured(enum reason reason)
 {
-	return reason == CAPTURED_OUT || reason == CAPTURED_SELF;
+	return reason == CAPTURED_OUT || reason == CAPTURED_SELF || reason == CAPTURED_DNS;
+}
+
+/* Judged, and free to leave the pod. */
+static __always_inline bool is_direct(enum reason reason)
+{
+	return (reason >= DIRECT_PROXY && reason <= PASSED_BEFORE && reason != LEFT_TO_KERNEL) ||
+	       (reason >= DIRECT_INTERFACE && reason <= DIRECT_NOT_READY);
 }
 
 #endif

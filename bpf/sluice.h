@@ -49,6 +49,11 @@ enum reason {
 	LISTENER_NOT_MAPPABLE, /* an MPTCP listener: needs the TC way */
 	LISTENER_SLOTS_FULL, /* more than SLUICE_LISTENER_SLOTS listeners */
 	REFUSED_LOOP, /* the proxy, or a call from its source, to its own ports */
+	CAPTURED_DNS, /* port 53, to the DNS proxy */
+	CAPTURED_REROUTED, /* came in through a rerouted interface, to the outbound port */
+	DIRECT_INTERFACE, /* through an excluded interface */
+	DIRECT_OWNER_GROUP, /* the caller's group is not one to capture */
+	DIRECT_NOT_READY, /* the proxy has not listened yet, and the pod may go without */
 	REASON_MAX,
 };
 
@@ -69,6 +74,14 @@ enum pod_flags {
 	 */
 	POD_OUT_ASSIGNABLE = 1 << 8,
 	POD_IN_ASSIGNABLE = 1 << 9,
+	POD_DNS = 1 << 12, /* port 53 goes to dns_port */
+	POD_HAS_OWNERS = 1 << 13, /* proxy_ids has owner groups for rules_id */
+	POD_OWNERS_DIRECT = 1 << 14, /* verdict of a group that is not among them */
+	POD_HAS_INTERFACES = 1 << 15, /* interfaces and routes have entries of the pod */
+	POD_WHEN_READY = 1 << 16, /* capture outbound only once the proxy has listened */
+	POD_READY = 1 << 17, /* it has; set by sockops and user space, never cleared */
+	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
+	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
 };
 
 /* pods: netns cookie -> pod */
@@ -79,7 +92,10 @@ struct pod {
 	enum pod_flags flags;
 	__u16 out_port; /* the proxy's outbound listener */
 	__u16 in_port; /* the proxy's inbound listener */
-	__u32 pad;
+	__u16 dns_port; /* the DNS proxy, with POD_DNS */
+	__u16 pad;
+	__be32 loopback_net; /* what counts as 127.0.0.1 */
+	__be32 loopback_mask;
 };
 
 /* pod_names: netns cookie -> names, for people */
@@ -102,11 +118,14 @@ struct own_addr_key {
 enum id_kind {
 	ID_UID,
 	ID_GID,
+	ID_OWNER, /* a GID again, as an owner group: its value is a rule_verdict */
 };
 
-enum id_verdict {
-	ID_EXEMPT = 1, /* its traffic is direct */
-	ID_EXEMPT_SELF = 2, /* the same, and its calls to its own pod return inbound */
+/* What is said of a proxy's UID or GID. */
+enum id_flags {
+	ID_EXEMPT = 1 << 0, /* its traffic is direct */
+	ID_SELF = 1 << 1, /* its calls to its own pod go to the inbound port */
+	ID_SELF_DNS = 1 << 2, /* those to port 53 too, where DNS is captured */
 };
 
 struct proxy_id_key {
@@ -131,6 +150,38 @@ struct port_rule_key {
 	__u16 port;
 	__u8 protocol; /* IPPROTO_TCP */
 	__u8 pad;
+};
+
+/* interfaces: of pods that exclude or reroute some */
+struct interface_key {
+	__u64 cookie;
+	__u32 ifindex;
+	__u32 pad;
+};
+
+enum interface_kind {
+	INTERFACE_EXCLUDED = 1,
+	INTERFACE_REROUTED = 2,
+};
+
+/* routes: through which kind of interface a pod's destination is reached */
+struct route4_key {
+	__u32 prefixlen; /* 64 (cookie) + the prefix */
+	__u32 cookie_low; /* in two halves, for the trie knows no padding */
+	__u32 cookie_high;
+	__u8 addr[4];
+};
+
+struct route6_key {
+	__u32 prefixlen;
+	__u32 cookie_low;
+	__u32 cookie_high;
+	__u8 addr[16];
+};
+
+enum route_kind {
+	ROUTE_OTHER = 1,
+	ROUTE_EXCLUDED = 2, /* out through an excluded interface */
 };
 
 struct cidr4_key {
@@ -237,10 +288,13 @@ struct stat_key {
 	__u32 pad;
 };
 
-_Static_assert(sizeof(struct pod) == 48, "pod");
+_Static_assert(sizeof(struct pod) == 56, "pod");
 _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
+_Static_assert(sizeof(struct interface_key) == 16, "interface_key");
+_Static_assert(sizeof(struct route4_key) == 16, "route4_key");
+_Static_assert(sizeof(struct route6_key) == 28, "route6_key");
 _Static_assert(sizeof(struct cidr4_key) == 12, "cidr4_key");
 _Static_assert(sizeof(struct cidr6_key) == 24, "cidr6_key");
 _Static_assert(sizeof(struct listener_key) == 16, "listener_key");

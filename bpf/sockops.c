@@ -151,7 +151,7 @@ static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
 		return;
 	key.cookie = bpf_get_netns_cookie(ctx);
 	pod = bpf_map_lookup_elem(&pods, &key.cookie);
-	if (!pod || !is_capture_port(pod, ctx->local_port))
+	if (!pod || !may_be_captured(pod, ctx->local_port))
 		return;
 	server_key(ctx, &key);
 	if (addr_is4(&key.server) && target_index_of(addr_word(&key.server, 3)))

@@ -176,8 +176,7 @@ int guard(struct __sk_buff *skb)
 		return NEXT; /* forwarded for somebody behind the pod */
 	if (sk) {
 		rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-		if (rec && rec->reason >= DIRECT_PROXY && rec->reason <= PASSED_BEFORE &&
-		    rec->reason != LEFT_TO_KERNEL)
+		if (rec && is_direct(rec->reason))
 			return NEXT;
 	}
 	if (!bpf_map_lookup_elem(&pods, &cookie))

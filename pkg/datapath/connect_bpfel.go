@@ -58,15 +58,23 @@ type connectHandshakeKey struct {
 type connectIdKind uint32
 
 const (
-	connectIdKindID_UID connectIdKind = 0
-	connectIdKindID_GID connectIdKind = 1
+	connectIdKindID_UID   connectIdKind = 0
+	connectIdKindID_GID   connectIdKind = 1
+	connectIdKindID_OWNER connectIdKind = 2
 )
 
-type connectIdVerdict uint32
+type connectInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type connectInterfaceKind uint32
 
 const (
-	connectIdVerdictID_EXEMPT      connectIdVerdict = 1
-	connectIdVerdictID_EXEMPT_SELF connectIdVerdict = 2
+	connectInterfaceKindINTERFACE_EXCLUDED connectInterfaceKind = 1
+	connectInterfaceKindINTERFACE_REROUTED connectInterfaceKind = 2
 )
 
 type connectListenerKey struct {
@@ -99,14 +107,17 @@ const (
 )
 
 type connectPod struct {
-	_       structs.HostLayout
-	Addr4   connectAddr
-	Addr6   connectAddr
-	RulesId uint32
-	Flags   connectPodFlags
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	_            structs.HostLayout
+	Addr4        connectAddr
+	Addr6        connectAddr
+	RulesId      uint32
+	Flags        connectPodFlags
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type connectPodFlags uint32
@@ -124,6 +135,14 @@ const (
 	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
 	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
 	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512
+	connectPodFlagsPOD_DNS                 connectPodFlags = 4096
+	connectPodFlagsPOD_HAS_OWNERS          connectPodFlags = 8192
+	connectPodFlagsPOD_OWNERS_DIRECT       connectPodFlags = 16384
+	connectPodFlagsPOD_HAS_INTERFACES      connectPodFlags = 32768
+	connectPodFlagsPOD_WHEN_READY          connectPodFlags = 65536
+	connectPodFlagsPOD_READY               connectPodFlags = 131072
+	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
+	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
 )
 
 type connectPodName struct {
@@ -176,7 +195,12 @@ const (
 	connectReasonLISTENER_NOT_MAPPABLE connectReason = 21
 	connectReasonLISTENER_SLOTS_FULL   connectReason = 22
 	connectReasonREFUSED_LOOP          connectReason = 23
-	connectReasonREASON_MAX            connectReason = 24
+	connectReasonCAPTURED_DNS          connectReason = 24
+	connectReasonCAPTURED_REROUTED     connectReason = 25
+	connectReasonDIRECT_INTERFACE      connectReason = 26
+	connectReasonDIRECT_OWNER_GROUP    connectReason = 27
+	connectReasonDIRECT_NOT_READY      connectReason = 28
+	connectReasonREASON_MAX            connectReason = 29
 )
 
 type connectRecord struct {
@@ -194,6 +218,29 @@ type connectRecordFlags uint32
 const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
+)
+
+type connectRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type connectRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type connectRouteKind uint32
+
+const (
+	connectRouteKindROUTE_OTHER    connectRouteKind = 1
+	connectRouteKindROUTE_EXCLUDED connectRouteKind = 2
 )
 
 type connectRuleSet struct {
@@ -259,6 +306,7 @@ const (
 	connectMapCidrRules6         = "cidr_rules6"
 	connectMapHandshakeUse       = "handshake_use"
 	connectMapHandshakes         = "handshakes"
+	connectMapInterfaces         = "interfaces"
 	connectMapListeners          = "listeners"
 	connectMapOrigDst            = "orig_dst"
 	connectMapOwnAddrs           = "own_addrs"
@@ -268,6 +316,8 @@ const (
 	connectMapPods               = "pods"
 	connectMapPortRules          = "port_rules"
 	connectMapProxyIds           = "proxy_ids"
+	connectMapRoutes4            = "routes4"
+	connectMapRoutes6            = "routes6"
 	connectMapRuleSets           = "rule_sets"
 	connectMapScratch            = "scratch"
 	connectMapStats              = "stats"
@@ -338,6 +388,7 @@ type connectMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -347,6 +398,8 @@ type connectMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -391,6 +444,7 @@ type connectMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -400,6 +454,8 @@ type connectMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -415,6 +471,7 @@ func (m *connectMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -424,6 +481,8 @@ func (m *connectMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

@@ -49,11 +49,18 @@ type inboundHandshakeKey struct {
 	Pad        uint32
 }
 
-type inboundIdVerdict uint32
+type inboundInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type inboundInterfaceKind uint32
 
 const (
-	inboundIdVerdictID_EXEMPT      inboundIdVerdict = 1
-	inboundIdVerdictID_EXEMPT_SELF inboundIdVerdict = 2
+	inboundInterfaceKindINTERFACE_EXCLUDED inboundInterfaceKind = 1
+	inboundInterfaceKindINTERFACE_REROUTED inboundInterfaceKind = 2
 )
 
 type inboundListenerKey struct {
@@ -91,11 +98,14 @@ type inboundPod struct {
 		_ structs.HostLayout
 		B [16]uint8
 	}
-	RulesId uint32
-	Flags   uint32
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	RulesId      uint32
+	Flags        uint32
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type inboundPodName struct {
@@ -136,6 +146,29 @@ type inboundRecord struct {
 	Reason uint32
 	Flags  uint32
 }
+
+type inboundRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type inboundRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type inboundRouteKind uint32
+
+const (
+	inboundRouteKindROUTE_OTHER    inboundRouteKind = 1
+	inboundRouteKindROUTE_EXCLUDED inboundRouteKind = 2
+)
 
 type inboundRuleSet struct {
 	_      structs.HostLayout
@@ -203,6 +236,7 @@ const (
 	inboundMapCidrRules6         = "cidr_rules6"
 	inboundMapHandshakeUse       = "handshake_use"
 	inboundMapHandshakes         = "handshakes"
+	inboundMapInterfaces         = "interfaces"
 	inboundMapListeners          = "listeners"
 	inboundMapOrigDst            = "orig_dst"
 	inboundMapOwnAddrs           = "own_addrs"
@@ -212,6 +246,8 @@ const (
 	inboundMapPods               = "pods"
 	inboundMapPortRules          = "port_rules"
 	inboundMapProxyIds           = "proxy_ids"
+	inboundMapRoutes4            = "routes4"
+	inboundMapRoutes6            = "routes6"
 	inboundMapRuleSets           = "rule_sets"
 	inboundMapScratch            = "scratch"
 	inboundMapStats              = "stats"
@@ -280,6 +316,7 @@ type inboundMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -289,6 +326,8 @@ type inboundMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -333,6 +372,7 @@ type inboundMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -342,6 +382,8 @@ type inboundMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -357,6 +399,7 @@ func (m *inboundMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -366,6 +409,8 @@ func (m *inboundMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

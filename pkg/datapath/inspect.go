@@ -9,6 +9,8 @@ import (
 	"strconv"
 
 	"github.com/cilium/ebpf"
+
+	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 // PodInfo is an enrolled pod, as the maps hold it.
@@ -103,11 +105,7 @@ func (d *Datapath) Rules() ([]RuleInfo, error) {
 	}
 	err := errors.Join(
 		each(d.maps["proxy_ids"], func(k connectProxyIdKey, v uint32) {
-			kind := map[connectIdKind]string{connectIdKindID_UID: "proxy-uid", connectIdKindID_GID: "proxy-gid"}[k.Kind]
-			verdict := "exempt"
-			if connectIdVerdict(v) == connectIdVerdictID_EXEMPT_SELF {
-				verdict = "exempt, self-calls captured"
-			}
+			kind, verdict := describeID(k.Kind, v)
 			add(k.RulesId, kind, strconv.FormatUint(uint64(k.Id), 10), verdict)
 		}),
 		each(d.maps["port_rules"], func(k connectPortRuleKey, v uint32) {
@@ -130,12 +128,32 @@ func (d *Datapath) Rules() ([]RuleInfo, error) {
 			}
 			addDefault("outbound-cidr", connectPodFlagsPOD_OUT_DEFAULT_CAPTURE)
 			addDefault("inbound-port", connectPodFlagsPOD_IN_DEFAULT_CAPTURE)
+			if p.Flags&connectPodFlagsPOD_OWNERS_DIRECT != 0 {
+				add(p.RulesId, "owner-group", "*", "direct")
+			}
+			if p.Flags&connectPodFlagsPOD_DNS != 0 {
+				add(p.RulesId, "outbound-dns", "53", "capture")
+			}
 		}),
 	)
 	slices.SortFunc(out, func(a, b RuleInfo) int {
 		return cmp.Or(cmp.Compare(a.RulesID, b.RulesID), cmp.Compare(a.Kind, b.Kind), cmp.Compare(len(a.Match), len(b.Match)), cmp.Compare(a.Match, b.Match))
 	})
 	return slices.Compact(out), err
+}
+
+func describeID(kind connectIdKind, value uint32) (name, verdict string) {
+	if kind == connectIdKindID_OWNER {
+		return "owner-group", verdictName(value)
+	}
+	name = map[connectIdKind]string{connectIdKindID_UID: "proxy-uid", connectIdKindID_GID: "proxy-gid"}[kind]
+	switch flags := rules.Exemption(value); {
+	case flags&rules.Self != 0:
+		return name, "exempt, self-calls captured"
+	case flags&rules.SelfDNS != 0:
+		return name, "exempt, self-calls to port 53 captured"
+	}
+	return name, "exempt"
 }
 
 func verdictName(v uint32) string {

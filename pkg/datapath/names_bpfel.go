@@ -49,11 +49,18 @@ type namesHandshakeKey struct {
 	Pad        uint32
 }
 
-type namesIdVerdict uint32
+type namesInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type namesInterfaceKind uint32
 
 const (
-	namesIdVerdictID_EXEMPT      namesIdVerdict = 1
-	namesIdVerdictID_EXEMPT_SELF namesIdVerdict = 2
+	namesInterfaceKindINTERFACE_EXCLUDED namesInterfaceKind = 1
+	namesInterfaceKindINTERFACE_REROUTED namesInterfaceKind = 2
 )
 
 type namesListenerKey struct {
@@ -91,11 +98,14 @@ type namesPod struct {
 		_ structs.HostLayout
 		B [16]uint8
 	}
-	RulesId uint32
-	Flags   uint32
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	RulesId      uint32
+	Flags        uint32
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type namesPodName struct {
@@ -136,6 +146,29 @@ type namesRecord struct {
 	Reason uint32
 	Flags  uint32
 }
+
+type namesRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type namesRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type namesRouteKind uint32
+
+const (
+	namesRouteKindROUTE_OTHER    namesRouteKind = 1
+	namesRouteKindROUTE_EXCLUDED namesRouteKind = 2
+)
 
 type namesRuleSet struct {
 	_      structs.HostLayout
@@ -203,6 +236,7 @@ const (
 	namesMapCidrRules6    = "cidr_rules6"
 	namesMapHandshakeUse  = "handshake_use"
 	namesMapHandshakes    = "handshakes"
+	namesMapInterfaces    = "interfaces"
 	namesMapListeners     = "listeners"
 	namesMapOrigDst       = "orig_dst"
 	namesMapOwnAddrs      = "own_addrs"
@@ -212,6 +246,8 @@ const (
 	namesMapPods          = "pods"
 	namesMapPortRules     = "port_rules"
 	namesMapProxyIds      = "proxy_ids"
+	namesMapRoutes4       = "routes4"
+	namesMapRoutes6       = "routes6"
 	namesMapRuleSets      = "rule_sets"
 	namesMapScratch       = "scratch"
 	namesMapStats         = "stats"
@@ -281,6 +317,7 @@ type namesMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -290,6 +327,8 @@ type namesMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -329,6 +368,7 @@ type namesMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -338,6 +378,8 @@ type namesMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -353,6 +395,7 @@ func (m *namesMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -362,6 +405,8 @@ func (m *namesMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 
 	"github.com/cilium/ebpf"
@@ -22,7 +23,8 @@ func isFull(err error) bool { return errors.Is(err, unix.E2BIG) || errors.Is(err
 // rule_sets, which comes last; what a crash before that leaves, Up removes.
 func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	compiled := r.Compile()
-	value := connectPod{OutPort: r.OutboundPort, InPort: r.InboundPort}
+	value := connectPod{OutPort: r.OutboundPort, InPort: r.InboundPort, DnsPort: r.DNSPort}
+	value.LoopbackNet, value.LoopbackMask = maskOf(r.Loopback)
 	for prefix := range compiled.CIDRs {
 		if prefix.Addr().Is4() {
 			value.Flags |= connectPodFlagsPOD_OUT_HAS_CIDRS4
@@ -41,6 +43,18 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	}
 	if compiled.LocalCapturable {
 		value.Flags |= connectPodFlagsPOD_LOCAL_CAPTURABLE
+	}
+	if len(compiled.Owners) > 0 {
+		value.Flags |= connectPodFlagsPOD_HAS_OWNERS
+	}
+	if compiled.OwnersDefault == rules.Direct {
+		value.Flags |= connectPodFlagsPOD_OWNERS_DIRECT
+	}
+	if r.DNS {
+		value.Flags |= connectPodFlagsPOD_DNS
+	}
+	if r.From == rules.ProxyReady {
+		value.Flags |= connectPodFlagsPOD_WHEN_READY
 	}
 	id, shared, err := d.ruleSet(r.Digest())
 	if err != nil {
@@ -83,17 +97,12 @@ func (d *Datapath) ruleSet(digest [32]byte) (id uint32, shared bool, err error) 
 }
 
 func (d *Datapath) writeCompiled(id uint32, c rules.Compiled) error {
-	for uid, exemption := range c.UIDs {
-		key := connectProxyIdKey{RulesId: id, Kind: connectIdKindID_UID, Id: uid}
-		if err := d.maps["proxy_ids"].Put(key, uint32(exemption)); err != nil {
-			return tableError("proxy_ids", err)
-		}
-	}
-	for gid, exemption := range c.GIDs {
-		key := connectProxyIdKey{RulesId: id, Kind: connectIdKindID_GID, Id: gid}
-		if err := d.maps["proxy_ids"].Put(key, uint32(exemption)); err != nil {
-			return tableError("proxy_ids", err)
-		}
+	if err := errors.Join(
+		writeIDs(d, id, connectIdKindID_UID, c.UIDs),
+		writeIDs(d, id, connectIdKindID_GID, c.GIDs),
+		writeIDs(d, id, connectIdKindID_OWNER, c.Owners),
+	); err != nil {
+		return err
 	}
 	if err := d.writePorts(id, connectDirectionDIR_OUT, c.OutPorts); err != nil {
 		return err
@@ -110,6 +119,16 @@ func (d *Datapath) writeCompiled(id uint32, c rules.Compiled) error {
 	return nil
 }
 
+func writeIDs[V ~uint32](d *Datapath, id uint32, kind connectIdKind, ids map[uint32]V) error {
+	for who, value := range ids {
+		key := connectProxyIdKey{RulesId: id, Kind: kind, Id: who}
+		if err := d.maps["proxy_ids"].Put(key, uint32(value)); err != nil {
+			return tableError("proxy_ids", err)
+		}
+	}
+	return nil
+}
+
 func (d *Datapath) writePorts(id uint32, direction connectDirection, ports map[uint16]rules.Verdict) error {
 	for port, verdict := range ports {
 		key := connectPortRuleKey{RulesId: id, Direction: direction, Protocol: unix.IPPROTO_TCP, Port: port}
@@ -118,6 +137,12 @@ func (d *Datapath) writePorts(id uint32, direction connectDirection, ports map[u
 		}
 	}
 	return nil
+}
+
+// maskOf is an IPv4 prefix as two words in network order.
+func maskOf(p netip.Prefix) (network, mask uint32) {
+	address := p.Masked().Addr().As4()
+	return binary.NativeEndian.Uint32(address[:]), binary.NativeEndian.Uint32(net.CIDRMask(p.Bits(), 32))
 }
 
 func cidrKey(id uint32, p netip.Prefix) (table string, key any) {

@@ -49,11 +49,18 @@ type sockopsHandshakeKey struct {
 	Pad        uint32
 }
 
-type sockopsIdVerdict uint32
+type sockopsInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type sockopsInterfaceKind uint32
 
 const (
-	sockopsIdVerdictID_EXEMPT      sockopsIdVerdict = 1
-	sockopsIdVerdictID_EXEMPT_SELF sockopsIdVerdict = 2
+	sockopsInterfaceKindINTERFACE_EXCLUDED sockopsInterfaceKind = 1
+	sockopsInterfaceKindINTERFACE_REROUTED sockopsInterfaceKind = 2
 )
 
 type sockopsListenerKey struct {
@@ -91,11 +98,14 @@ type sockopsPod struct {
 		_ structs.HostLayout
 		B [16]uint8
 	}
-	RulesId uint32
-	Flags   uint32
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	RulesId      uint32
+	Flags        uint32
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type sockopsPodName struct {
@@ -136,6 +146,29 @@ type sockopsRecord struct {
 	Reason uint32
 	Flags  uint32
 }
+
+type sockopsRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type sockopsRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type sockopsRouteKind uint32
+
+const (
+	sockopsRouteKindROUTE_OTHER    sockopsRouteKind = 1
+	sockopsRouteKindROUTE_EXCLUDED sockopsRouteKind = 2
+)
 
 type sockopsRuleSet struct {
 	_      structs.HostLayout
@@ -203,6 +236,7 @@ const (
 	sockopsMapCidrRules6         = "cidr_rules6"
 	sockopsMapHandshakeUse       = "handshake_use"
 	sockopsMapHandshakes         = "handshakes"
+	sockopsMapInterfaces         = "interfaces"
 	sockopsMapListeners          = "listeners"
 	sockopsMapOrigDst            = "orig_dst"
 	sockopsMapOwnAddrs           = "own_addrs"
@@ -212,6 +246,8 @@ const (
 	sockopsMapPods               = "pods"
 	sockopsMapPortRules          = "port_rules"
 	sockopsMapProxyIds           = "proxy_ids"
+	sockopsMapRoutes4            = "routes4"
+	sockopsMapRoutes6            = "routes6"
 	sockopsMapRuleSets           = "rule_sets"
 	sockopsMapScratch            = "scratch"
 	sockopsMapStats              = "stats"
@@ -284,6 +320,7 @@ type sockopsMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -293,6 +330,8 @@ type sockopsMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -337,6 +376,7 @@ type sockopsMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -346,6 +386,8 @@ type sockopsMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -361,6 +403,7 @@ func (m *sockopsMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -370,6 +413,8 @@ func (m *sockopsMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

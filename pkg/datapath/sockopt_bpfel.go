@@ -49,11 +49,18 @@ type sockoptHandshakeKey struct {
 	Pad        uint32
 }
 
-type sockoptIdVerdict uint32
+type sockoptInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type sockoptInterfaceKind uint32
 
 const (
-	sockoptIdVerdictID_EXEMPT      sockoptIdVerdict = 1
-	sockoptIdVerdictID_EXEMPT_SELF sockoptIdVerdict = 2
+	sockoptInterfaceKindINTERFACE_EXCLUDED sockoptInterfaceKind = 1
+	sockoptInterfaceKindINTERFACE_REROUTED sockoptInterfaceKind = 2
 )
 
 type sockoptListenerKey struct {
@@ -91,11 +98,14 @@ type sockoptPod struct {
 		_ structs.HostLayout
 		B [16]uint8
 	}
-	RulesId uint32
-	Flags   uint32
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	RulesId      uint32
+	Flags        uint32
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type sockoptPodName struct {
@@ -136,6 +146,29 @@ type sockoptRecord struct {
 	Reason uint32
 	Flags  uint32
 }
+
+type sockoptRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type sockoptRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type sockoptRouteKind uint32
+
+const (
+	sockoptRouteKindROUTE_OTHER    sockoptRouteKind = 1
+	sockoptRouteKindROUTE_EXCLUDED sockoptRouteKind = 2
+)
 
 type sockoptRuleSet struct {
 	_      structs.HostLayout
@@ -203,6 +236,7 @@ const (
 	sockoptMapCidrRules6         = "cidr_rules6"
 	sockoptMapHandshakeUse       = "handshake_use"
 	sockoptMapHandshakes         = "handshakes"
+	sockoptMapInterfaces         = "interfaces"
 	sockoptMapListeners          = "listeners"
 	sockoptMapOrigDst            = "orig_dst"
 	sockoptMapOwnAddrs           = "own_addrs"
@@ -212,6 +246,8 @@ const (
 	sockoptMapPods               = "pods"
 	sockoptMapPortRules          = "port_rules"
 	sockoptMapProxyIds           = "proxy_ids"
+	sockoptMapRoutes4            = "routes4"
+	sockoptMapRoutes6            = "routes6"
 	sockoptMapRuleSets           = "rule_sets"
 	sockoptMapScratch            = "scratch"
 	sockoptMapStats              = "stats"
@@ -280,6 +316,7 @@ type sockoptMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -289,6 +326,8 @@ type sockoptMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -333,6 +372,7 @@ type sockoptMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -342,6 +382,8 @@ type sockoptMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -357,6 +399,7 @@ func (m *sockoptMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -366,6 +409,8 @@ func (m *sockoptMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

@@ -49,11 +49,18 @@ type tcHandshakeKey struct {
 	Pad        uint32
 }
 
-type tcIdVerdict uint32
+type tcInterfaceKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Ifindex uint32
+	Pad     uint32
+}
+
+type tcInterfaceKind uint32
 
 const (
-	tcIdVerdictID_EXEMPT      tcIdVerdict = 1
-	tcIdVerdictID_EXEMPT_SELF tcIdVerdict = 2
+	tcInterfaceKindINTERFACE_EXCLUDED tcInterfaceKind = 1
+	tcInterfaceKindINTERFACE_REROUTED tcInterfaceKind = 2
 )
 
 type tcListenerKey struct {
@@ -91,11 +98,14 @@ type tcPod struct {
 		_ structs.HostLayout
 		B [16]uint8
 	}
-	RulesId uint32
-	Flags   uint32
-	OutPort uint16
-	InPort  uint16
-	Pad     uint32
+	RulesId      uint32
+	Flags        uint32
+	OutPort      uint16
+	InPort       uint16
+	DnsPort      uint16
+	Pad          uint16
+	LoopbackNet  uint32
+	LoopbackMask uint32
 }
 
 type tcPodName struct {
@@ -136,6 +146,29 @@ type tcRecord struct {
 	Reason uint32
 	Flags  uint32
 }
+
+type tcRoute4Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [4]uint8
+}
+
+type tcRoute6Key struct {
+	_          structs.HostLayout
+	Prefixlen  uint32
+	CookieLow  uint32
+	CookieHigh uint32
+	Addr       [16]uint8
+}
+
+type tcRouteKind uint32
+
+const (
+	tcRouteKindROUTE_OTHER    tcRouteKind = 1
+	tcRouteKindROUTE_EXCLUDED tcRouteKind = 2
+)
 
 type tcRuleSet struct {
 	_      structs.HostLayout
@@ -203,6 +236,7 @@ const (
 	tcMapCidrRules6         = "cidr_rules6"
 	tcMapHandshakeUse       = "handshake_use"
 	tcMapHandshakes         = "handshakes"
+	tcMapInterfaces         = "interfaces"
 	tcMapListeners          = "listeners"
 	tcMapOrigDst            = "orig_dst"
 	tcMapOwnAddrs           = "own_addrs"
@@ -212,6 +246,8 @@ const (
 	tcMapPods               = "pods"
 	tcMapPortRules          = "port_rules"
 	tcMapProxyIds           = "proxy_ids"
+	tcMapRoutes4            = "routes4"
+	tcMapRoutes6            = "routes6"
 	tcMapRuleSets           = "rule_sets"
 	tcMapScratch            = "scratch"
 	tcMapStats              = "stats"
@@ -282,6 +318,7 @@ type tcMapSpecs struct {
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
+	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
@@ -291,6 +328,8 @@ type tcMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
 	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
 	Stats        *ebpf.MapSpec `ebpf:"stats"`
@@ -335,6 +374,7 @@ type tcMaps struct {
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
+	Interfaces   *ebpf.Map `ebpf:"interfaces"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
@@ -344,6 +384,8 @@ type tcMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4      *ebpf.Map `ebpf:"routes4"`
+	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
 	Scratch      *ebpf.Map `ebpf:"scratch"`
 	Stats        *ebpf.Map `ebpf:"stats"`
@@ -359,6 +401,7 @@ func (m *tcMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
@@ -368,6 +411,8 @@ func (m *tcMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Routes4,
+		m.Routes6,
 		m.RuleSets,
 		m.Scratch,
 		m.Stats,

@@ -59,6 +59,7 @@ var reasonNames = [...]string{
 	"refused-no-memory", "refused-table-full", "refused-no-handshake", "refused-no-listener",
 	"refused-no-pod", "refused-no-record", "guard-no-verdict", "guard-loopback",
 	"listener-not-mappable", "listener-slots-full", "refused-loop",
+	"captured-dns", "captured-rerouted", "direct-interface", "direct-owner-group", "direct-not-ready",
 }
 
 // ReasonName is a reason as people read it.

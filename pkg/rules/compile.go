@@ -14,13 +14,14 @@ const (
 	Capture Verdict = 2
 )
 
-// Exemption of a proxy identity.
+// Exemption of a proxy identity: a set of the flags below.
 type Exemption uint32
 
-// The exemptions, with the values that the programs read.
+// The flags, with the values that the programs read.
 const (
-	Exempt     Exemption = 1 // its traffic is direct
-	ExemptSelf Exemption = 2 // the same, and its calls to its own pod go to the inbound port
+	Exempt  Exemption = 1 << 0 // its traffic is direct
+	Self    Exemption = 1 << 1 // its calls to its own pod go to the inbound port
+	SelfDNS Exemption = 1 << 2 // the same for port 53, where DNS is captured
 )
 
 // Compiled is a rule set as the kernel looks it up: one lookup per question,
@@ -32,6 +33,8 @@ type Compiled struct {
 	OutDefaultCapture bool                     // verdict of an address that no prefix holds
 	InDefaultCapture  bool                     // verdict of a port that InPorts does not hold
 	LocalCapturable   bool                     // an include range is itself loopback
+	Owners            map[uint32]Verdict       // groups of callers
+	OwnersDefault     Verdict                  // verdict of a group that Owners does not hold
 }
 
 // Compile turns normalised rules into what the kernel looks up.
@@ -46,7 +49,11 @@ func (r Rules) Compile() Compiled {
 		LocalCapturable:   slices.ContainsFunc(r.IncludeOutboundCIDRs.List, isLoopback),
 	}
 	c.identities(r)
-	for _, port := range r.ExcludeOutboundPorts {
+	c.owners(r)
+	for _, port := range r.IncludeOutboundPorts {
+		c.OutPorts[port] = Capture
+	}
+	for _, port := range r.ExcludeOutboundPorts { // beats an include
 		c.OutPorts[port] = Direct
 	}
 	for _, port := range r.ExcludeInboundPorts {
@@ -62,13 +69,15 @@ func (r Rules) Compile() Compiled {
 // identities reproduces what several UIDs and GIDs do together in Istio's
 // chain: the lines of the first identity return every other caller's local
 // traffic, so that only the first one's self-calls are ever captured. Where
-// that return is left out (LocalCapturable), each one's are.
+// that return is left out (LocalCapturable), each one's are. With DNS capture
+// it returns no port 53, which the lines of UIDs leave alone too, but those of
+// GIDs capture.
 func (c *Compiled) identities(r Rules) {
 	first := true
 	exemption := func() Exemption {
 		if first || c.LocalCapturable {
 			first = false
-			return ExemptSelf
+			return Exempt | Self
 		}
 		return Exempt
 	}
@@ -77,6 +86,23 @@ func (c *Compiled) identities(r Rules) {
 	}
 	for _, gid := range r.ProxyGIDs {
 		c.GIDs[gid] = exemption()
+		if r.DNS {
+			c.GIDs[gid] |= SelfDNS
+		}
+	}
+}
+
+func (c *Compiled) owners(r Rules) {
+	c.Owners = map[uint32]Verdict{}
+	c.OwnersDefault = Direct
+	for _, gid := range r.OwnerGroups.List {
+		c.Owners[gid] = Capture
+	}
+	if r.OwnerGroups.All {
+		c.OwnersDefault = Capture
+		for _, gid := range r.ExcludeOwnerGroups {
+			c.Owners[gid] = Direct
+		}
 	}
 }
 
@@ -103,9 +129,13 @@ func compileCIDRs(include, exclude []netip.Prefix) map[netip.Prefix]Verdict {
 	return out
 }
 
+func isLoopback4(p netip.Prefix) bool {
+	return p.IsValid() && p.Addr().Is4() && p.Bits() >= 8 && p.Addr().As4()[0] == 127
+}
+
 func isLoopback(p netip.Prefix) bool {
 	if p.Addr().Is4() {
-		return p.Bits() >= 8 && p.Addr().As4()[0] == 127
+		return isLoopback4(p)
 	}
 	return p == netip.PrefixFrom(netip.IPv6Loopback(), 128)
 }

@@ -87,10 +87,10 @@ func TestCompileOfSeveralIDs(t *testing.T) {
 		loopback     bool
 		wantU, wantG map[uint32]Exemption
 	}{
-		{"UID and GID", []uint32{1}, []uint32{2}, false, map[uint32]Exemption{1: ExemptSelf}, map[uint32]Exemption{2: Exempt}},
-		{"GID alone", nil, []uint32{2, 3}, false, map[uint32]Exemption{}, map[uint32]Exemption{2: ExemptSelf, 3: Exempt}},
-		{"two UIDs", []uint32{5, 1}, []uint32{2}, false, map[uint32]Exemption{5: ExemptSelf, 1: Exempt}, map[uint32]Exemption{2: Exempt}},
-		{"with a loopback range", []uint32{5, 1}, []uint32{2}, true, map[uint32]Exemption{5: ExemptSelf, 1: ExemptSelf}, map[uint32]Exemption{2: ExemptSelf}},
+		{"UID and GID", []uint32{1}, []uint32{2}, false, map[uint32]Exemption{1: Exempt | Self}, map[uint32]Exemption{2: Exempt}},
+		{"GID alone", nil, []uint32{2, 3}, false, map[uint32]Exemption{}, map[uint32]Exemption{2: Exempt | Self, 3: Exempt}},
+		{"two UIDs", []uint32{5, 1}, []uint32{2}, false, map[uint32]Exemption{5: Exempt | Self, 1: Exempt}, map[uint32]Exemption{2: Exempt}},
+		{"with a loopback range", []uint32{5, 1}, []uint32{2}, true, map[uint32]Exemption{5: Exempt | Self, 1: Exempt | Self}, map[uint32]Exemption{2: Exempt | Self}},
 	} {
 		r := Default()
 		r.ProxyUIDs, r.ProxyGIDs = tt.uids, tt.gids

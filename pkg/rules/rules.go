@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,7 +19,36 @@ import (
 const (
 	DefaultOutboundPort = 15001
 	DefaultInboundPort  = 15006
+	DefaultDNSPort      = 15053
 	DefaultProxyID      = 1337
+)
+
+// maxOwnerGroups is how many groups Istio takes in a list.
+const maxOwnerGroups = 64
+
+// DefaultLoopback is what counts as the loopback address of IPv4: just that
+// one. 127.0.0.2 is local, but not it.
+var DefaultLoopback = netip.MustParsePrefix("127.0.0.1/32")
+
+// Mode is the way in which inbound connections reach the proxy.
+type Mode string
+
+// The modes. In TPROXY mode the proxy calls the app from the client's address,
+// and the app's replies come back to the proxy.
+const (
+	Redirect Mode = "REDIRECT"
+	TProxy   Mode = "TPROXY"
+)
+
+// From says since when outbound connections are captured.
+type From string
+
+// Always captures from the enrolment on: without a proxy a connection is
+// refused. ProxyReady lets the connections of others than the proxy go direct
+// until the proxy listens, for init containers that need a network.
+const (
+	Always     From = "always"
+	ProxyReady From = "proxy-ready"
 )
 
 // AlwaysExcludedInbound are Istio's telemetry and health ports, which are never
@@ -35,6 +65,12 @@ type Ports struct {
 type CIDRs struct {
 	All  bool           `json:"all,omitempty"`
 	List []netip.Prefix `json:"list,omitempty"`
+}
+
+// Groups is a set of group IDs, or all of them.
+type Groups struct {
+	All  bool     `json:"all,omitempty"`
+	List []uint32 `json:"list,omitempty"`
 }
 
 // Rules says which connections of a pod go to its proxy. The fields mean what
@@ -54,8 +90,30 @@ type Rules struct {
 	ExcludeInboundPorts  []uint16 `json:"excludeInboundPorts"` // without effect unless IncludeInboundPorts.All
 	ExcludeOutboundPorts []uint16 `json:"excludeOutboundPorts"`
 
+	IncludeOutboundPorts []uint16 `json:"includeOutboundPorts"` // captured whatever the address, unless it is excluded
+
 	IncludeOutboundCIDRs CIDRs          `json:"includeOutboundCIDRs"`
 	ExcludeOutboundCIDRs []netip.Prefix `json:"excludeOutboundCIDRs"`
+
+	// ExcludeInterfaces are those through which nothing is captured, neither
+	// in nor out. What enters from RerouteInterfaces (a VM's tap) is outbound
+	// traffic, to be captured as such.
+	ExcludeInterfaces []string `json:"excludeInterfaces"`
+	RerouteInterfaces []string `json:"rerouteInterfaces"`
+
+	// OwnerGroups are the groups whose outbound traffic is captured.
+	OwnerGroups        Groups   `json:"ownerGroups"`
+	ExcludeOwnerGroups []uint32 `json:"excludeOwnerGroups"` // without effect unless OwnerGroups.All
+
+	// Loopback is the IPv4 prefix that counts as "the loopback address".
+	Loopback netip.Prefix `json:"loopback"`
+
+	// DNS captures UDP and TCP port 53 to DNSPort.
+	DNS     bool   `json:"dns"`
+	DNSPort uint16 `json:"dnsPort"`
+
+	Mode Mode `json:"mode"`
+	From From `json:"from"`
 }
 
 // Default returns the rules of a pod without annotations.
@@ -67,6 +125,11 @@ func Default() Rules {
 		InboundPort:          DefaultInboundPort,
 		IncludeInboundPorts:  Ports{All: true},
 		IncludeOutboundCIDRs: CIDRs{All: true},
+		OwnerGroups:          Groups{All: true},
+		Loopback:             DefaultLoopback,
+		DNSPort:              DefaultDNSPort,
+		Mode:                 Redirect,
+		From:                 Always,
 	}
 }
 
@@ -83,22 +146,77 @@ func (r Rules) Normalise() (Rules, error) {
 	if len(r.ProxyUIDs)+len(r.ProxyGIDs) == 0 {
 		return Rules{}, fmt.Errorf("the proxy needs a UID or a GID: without one its own traffic would be sent back to it")
 	}
+	if err := r.check(); err != nil {
+		return Rules{}, err
+	}
 	r.ProxyUIDs = uniqueInOrder(r.ProxyUIDs)
 	r.ProxyGIDs = uniqueInOrder(r.ProxyGIDs)
 	if r.IncludeInboundPorts.All {
 		r.IncludeInboundPorts.List = nil
-		r.ExcludeInboundPorts = sortedPorts(append(slices.Clone(alwaysExcludedInbound), r.ExcludeInboundPorts...))
+		r.ExcludeInboundPorts = sortedUnique(append(slices.Clone(alwaysExcludedInbound), r.ExcludeInboundPorts...))
 	} else {
-		r.IncludeInboundPorts.List = sortedPorts(r.IncludeInboundPorts.List)
+		r.IncludeInboundPorts.List = sortedUnique(r.IncludeInboundPorts.List)
 		r.ExcludeInboundPorts = nil
 	}
-	r.ExcludeOutboundPorts = sortedPorts(r.ExcludeOutboundPorts)
+	r.ExcludeOutboundPorts = sortedUnique(r.ExcludeOutboundPorts)
+	r.IncludeOutboundPorts = sortedUnique(r.IncludeOutboundPorts)
+	r.ExcludeInterfaces = sortedUnique(r.ExcludeInterfaces)
+	r.RerouteInterfaces = sortedUnique(r.RerouteInterfaces)
+	if r.OwnerGroups.All {
+		r.OwnerGroups.List = nil
+		r.ExcludeOwnerGroups = sortedUnique(r.ExcludeOwnerGroups)
+	} else {
+		r.OwnerGroups.List = sortedUnique(r.OwnerGroups.List)
+		r.ExcludeOwnerGroups = nil
+	}
+	r.Loopback = r.Loopback.Masked()
 	if r.IncludeOutboundCIDRs.All {
 		r.IncludeOutboundCIDRs.List = nil
 	}
 	r.IncludeOutboundCIDRs.List = sortedPrefixes(r.IncludeOutboundCIDRs.List)
 	r.ExcludeOutboundCIDRs = sortedPrefixes(r.ExcludeOutboundCIDRs)
 	return r, nil
+}
+
+// check refuses what no rule set can mean.
+func (r Rules) check() error {
+	for _, name := range slices.Concat(r.ExcludeInterfaces, r.RerouteInterfaces) {
+		if err := CheckInterface(name); err != nil {
+			return err
+		}
+	}
+	for _, name := range r.ExcludeInterfaces {
+		if slices.Contains(r.RerouteInterfaces, name) {
+			return fmt.Errorf("interface %q is both excluded and rerouted: take it out of one list", name)
+		}
+	}
+	if n := max(len(r.OwnerGroups.List), len(r.ExcludeOwnerGroups)); n > maxOwnerGroups {
+		return fmt.Errorf("%d owner groups: at most %d are possible", n, maxOwnerGroups)
+	}
+	if !isLoopback4(r.Loopback) {
+		return fmt.Errorf("%s is not an IPv4 loopback range: give one inside 127.0.0.0/8", r.Loopback)
+	}
+	if r.DNSPort == 0 || r.DNSPort == r.OutboundPort || r.DNSPort == r.InboundPort {
+		return fmt.Errorf("the DNS proxy's port must be 1 to 65535 and none of the proxy's other two, not %d", r.DNSPort)
+	}
+	if r.Mode != Redirect && r.Mode != TProxy {
+		return fmt.Errorf("%q is not an interception mode: choose %s or %s", r.Mode, Redirect, TProxy)
+	}
+	if r.From != Always && r.From != ProxyReady {
+		return fmt.Errorf("%q does not say since when to capture: choose %s or %s", r.From, Always, ProxyReady)
+	}
+	return nil
+}
+
+// interfaceName is what Istio takes for one; the kernel takes 15 characters.
+var interfaceName = regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9_.-]{0,14}$`)
+
+// CheckInterface refuses what cannot be the name of an interface.
+func CheckInterface(name string) error {
+	if !interfaceName.MatchString(name) {
+		return fmt.Errorf("%q is not the name of an interface: give at most 15 letters, digits, '_', '.' and '-', of which the first is a letter", name)
+	}
+	return nil
 }
 
 // IsProxy says whether a process with these real IDs is the proxy.
@@ -182,13 +300,13 @@ func uniqueInOrder(ids []uint32) []uint32 {
 	return out
 }
 
-func sortedPorts(ports []uint16) []uint16 {
-	if len(ports) == 0 {
+func sortedUnique[T cmp.Ordered](list []T) []T {
+	if len(list) == 0 {
 		return nil
 	}
-	ports = slices.Clone(ports)
-	slices.Sort(ports)
-	return slices.Compact(ports)
+	list = slices.Clone(list)
+	slices.Sort(list)
+	return slices.Compact(list)
 }
 
 func sortedPrefixes(prefixes []netip.Prefix) []netip.Prefix {
