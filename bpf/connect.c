@@ -21,6 +21,9 @@
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #define ECONNREFUSED 111
+#define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
+#define SO_MARK 36
 
 /* Where a captured connect goes instead. */
 struct choice {
@@ -159,6 +162,22 @@ static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
 	return reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
 }
 
+/* A call for a client goes out by lo, where the inbound program sees that it came
+ * from within: without, it would name the address's interface, as for a packet
+ * from the network. The mark leads there, and the app's answers back.
+ */
+static __always_inline bool send_by_lo(struct bpf_sock_addr *ctx, const struct call *call)
+{
+	int mark = SLUICE_TPROXY_MARK;
+	char lo[] = "lo";
+
+	if (call->mark != SLUICE_TPROXY_MARK &&
+	    bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
+		return false;
+	return call->ifindex == LOOPBACK_IFINDEX ||
+	       !bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo));
+}
+
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
 					       struct choice *to)
 {
@@ -188,6 +207,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	call.cookie = cookie;
 	call.dst = *dst;
 	call.ifindex = sk->bound_dev_if;
+	call.mark = sk->mark;
 	addr_of_sock(&call.src, sk);
 	reason = decide_out(pod, &call);
 	captured = is_captured(reason);
@@ -196,6 +216,10 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		reason = LEFT_TO_KERNEL;
 		refused = true;
 	} else if (captured && is_ours(pod, dst, dport)) { /* would stand for itself */
+		reason = REFUSED_LOOP;
+		refused = true;
+	} else if (reason == DIRECT_PROXY_SOURCE && !addr_is_proxy_source(&call.src) &&
+		   !send_by_lo(ctx, &call)) { /* it would come back to the proxy */
 		reason = REFUSED_LOOP;
 		refused = true;
 	}

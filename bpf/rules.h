@@ -107,6 +107,7 @@ struct call {
 	__u16 port;
 	__u8 protocol;
 	__u32 ifindex; /* SO_BINDTODEVICE; 0: none */
+	__u32 mark; /* SO_MARK */
 };
 
 static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 ifindex)
@@ -158,6 +159,44 @@ static __always_inline bool goes_without(const struct pod *pod)
 	return (pod->flags & (POD_WHEN_READY | POD_READY)) == POD_WHEN_READY;
 }
 
+/* Inbound: is a connection to this port of the pod the proxy's? */
+static __always_inline bool captured_in(const struct pod *pod, __u16 port)
+{
+	enum rule_verdict verdict;
+
+	if (port == PORT_HBONE)
+		return false; /* I1 */
+	verdict = port_rule(pod->rules_id, DIR_IN, port);
+	if (pod->flags & POD_IN_DEFAULT_CAPTURE)
+		return verdict != RULE_DIRECT; /* I2, I3 */
+	return verdict == RULE_CAPTURE;
+}
+
+/* In TPROXY mode the proxy calls the app for a client: from the client's address,
+ * or, where that is the pod's own, with the mark that says so.
+ */
+static __always_inline bool is_for_client(const struct pod *pod, const struct call *c)
+{
+	if (!(pod->flags & POD_TPROXY))
+		return false;
+	if (c->mark == SLUICE_TPROXY_MARK)
+		return true;
+	return !addr_is_any(&c->src) && !addr_is_loopback(&c->src) &&
+	       !own_addr(&own_addrs, c->cookie, &c->src);
+}
+
+/* O3, O6: does the proxy call a service that it is itself in front of? In TPROXY
+ * mode that is asked of any of its identities, of the ports that are captured
+ * inbound; and, as ever, of the first one for all ports.
+ */
+static __always_inline bool is_self_call(const struct pod *pod, const struct call *c, __u32 proxy,
+					 bool dns)
+{
+	if (c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
+		return true;
+	return pod->flags & POD_TPROXY && proxy && captured_in(pod, c->port);
+}
+
 /* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
  * with POD_DNS.
  */
@@ -177,22 +216,24 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	if (!local && addr_is_any(addr_is4(&c->dst) ? &pod->addr4 : &pod->addr6) &&
 	    !addr_is_link_local6(&c->dst))
 		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
+	id = bpf_get_current_uid_gid();
+	uid = id;
+	gid = id >> 32;
+	if (tcp && local && is_for_client(pod, c) && proxy_flags(pod->rules_id, uid, gid))
+		return is_capture_port(pod, c->port) ? REFUSED_LOOP : DIRECT_PROXY_SOURCE;
 	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local))
 		return DIRECT_INTERFACE; /* O0 */
 	if (pod->flags & POD_OUT_HAS_PORTS)
 		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);
 	if (by_port == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */
-	id = bpf_get_current_uid_gid();
-	uid = id;
-	gid = id >> 32;
 	proxy = proxy_flags(pod->rules_id, uid, gid);
 	if (tcp && local && is_capture_port(pod, c->port) &&
 	    (proxy || addr_is_proxy_source(&c->src)))
 		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
 	if (local && addr_is_proxy_source(&c->src))
 		return DIRECT_PROXY_SOURCE; /* O2 */
-	if (tcp && local && !lo && c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
+	if (tcp && local && !lo && is_self_call(pod, c, proxy, dns))
 		return CAPTURED_SELF; /* O3, O6 */
 	if (local && !dns && !(pod->flags & POD_LOCAL_CAPTURABLE))
 		return lo ? DIRECT_LOOPBACK : DIRECT_LOCAL; /* O4, O7 */
@@ -211,19 +252,6 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
 		return DIRECT_CIDR;
 	return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
-}
-
-/* Inbound: is a connection to this port of the pod the proxy's? */
-static __always_inline bool captured_in(const struct pod *pod, __u16 port)
-{
-	enum rule_verdict verdict;
-
-	if (port == PORT_HBONE)
-		return false; /* I1 */
-	verdict = port_rule(pod->rules_id, DIR_IN, port);
-	if (pod->flags & POD_IN_DEFAULT_CAPTURE)
-		return verdict != RULE_DIRECT; /* I2, I3 */
-	return verdict == RULE_CAPTURE;
 }
 
 static __always_inline bool is_captured(enum reason reason)

@@ -11,6 +11,7 @@
 
 #define SLUICE_MAX_PODS 1024
 #define SLUICE_LISTENER_SLOTS 64
+#define SLUICE_TPROXY_MARK 1337 /* of the proxy's calls for a client, and of their answers */
 
 struct addr {
 	__u8 b[16];
@@ -30,7 +31,7 @@ enum reason {
 	DIRECT_PORT_OUT, /* port in excludeOutboundPorts */
 	DIRECT_CIDR, /* address excluded, or not included */
 	DIRECT_LOCAL, /* an app calls its own pod */
-	DIRECT_PROXY_SOURCE, /* the proxy calls the app from 127.0.0.6 or ::6 */
+	DIRECT_PROXY_SOURCE, /* the proxy calls the app from 127.0.0.6, ::6 or, by TPROXY, for a client */
 	DIRECT_LOOPBACK, /* 127.0.0.1 or ::1 */
 	DIRECT_PORT_IN, /* inbound port not captured */
 	LEFT_TO_KERNEL, /* no address of that family, or not a unicast address */
@@ -93,7 +94,7 @@ struct pod {
 	__u16 out_port; /* the proxy's outbound listener */
 	__u16 in_port; /* the proxy's inbound listener */
 	__u16 dns_port; /* the DNS proxy, with POD_DNS */
-	__u16 pad;
+	__u16 way_back; /* what user space added to the namespace for POD_TPROXY */
 	__be32 loopback_net; /* what counts as 127.0.0.1 */
 	__be32 loopback_mask;
 };

@@ -37,6 +37,7 @@ Annotations are Istio's:
   traffic.sidecar.istio.io/excludeOutboundPorts      ports
   traffic.sidecar.istio.io/includeInboundPorts       "*", or ports
   traffic.sidecar.istio.io/excludeInboundPorts       ports; without effect beside an include list
+  sidecar.istio.io/interceptionMode                  REDIRECT, or TPROXY: the proxy calls the app from the client's address
 
 Enrolling a namespace again changes its rules and repairs what is missing; open
 connections are left alone.`,

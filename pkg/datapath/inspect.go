@@ -25,6 +25,7 @@ type PodInfo struct {
 	OutPort   uint16     `json:"outboundPort"`
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
+	Mode      rules.Mode `json:"mode"`
 	TC        TCAttach   `json:"tc"`
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
@@ -54,11 +55,14 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
-			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup,
+			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup, Mode: rules.Redirect,
 			TC: p.tcAttach(), Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
 		}
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
+		}
+		if p.Flags&connectPodFlagsPOD_TPROXY != 0 {
+			info.Mode = rules.TProxy
 		}
 		var name connectPodName
 		if d.maps["pod_names"].Lookup(cookie, &name) == nil {

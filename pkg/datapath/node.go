@@ -245,11 +245,11 @@ func removePods(dir string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("list the pods' links: %w", err)
 	}
-	flags := map[uint64]connectPodFlags{}
+	pods := map[uint64]connectPod{}
 	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
 	if err == nil {
 		defer table.Close()
-		if err := eachPod(table, func(cookie uint64, p connectPod) { flags[cookie] = p.Flags }); err != nil {
+		if err := eachPod(table, func(cookie uint64, p connectPod) { pods[cookie] = p }); err != nil {
 			return len(entries), err
 		}
 	}
@@ -268,10 +268,7 @@ func removePods(dir string) (int, error) {
 		}
 		errs = errors.Join(errs, d.detachPod(cookie, ns))
 		if ns != nil {
-			if flags[cookie]&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
-				errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
-			}
-			errs = errors.Join(errs, ns.Close())
+			errs = errors.Join(errs, restoreNamespace(ns, pods[cookie]), ns.Close())
 		}
 	}
 	if table == nil {

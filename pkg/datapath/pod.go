@@ -30,11 +30,15 @@ type Enrolment struct {
 	Inbound   Inbound
 	Notes     []string // what a person should know
 
-	addedSource6 bool // ::6 was added to lo, and a failure must remove it
+	addedSource6 bool          // ::6 was added to lo, and a failure must remove it
+	addedWayBack netns.WayBack // the same of TPROXY mode's way back
 }
 
 // ErrNotReady is returned for a namespace that cannot be enrolled as it is.
 var ErrNotReady = errors.New("the network namespace is not ready")
+
+// ErrNoTProxy is returned where TPROXY mode cannot work.
+var ErrNoTProxy = errors.New("TPROXY mode is not possible")
 
 // Enroll captures the connections of a network namespace from now on. It is
 // idempotent: enrolling again changes rules and repairs what is missing. If it
@@ -61,6 +65,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
+	if pod.Rules.Mode == rules.TProxy && !d.features.IngressIfindex {
+		return Enrolment{}, fmt.Errorf("%w: on this kernel the proxy's calls for its clients cannot be told from what comes from the network (Linux 5.17 can); use mode %s", ErrNoTProxy, rules.Redirect)
+	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
@@ -75,6 +82,8 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err := d.enroll(ns, network, pod, &out); err != nil {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
+		} else if out.addedWayBack != 0 {
+			err = errors.Join(err, d.forgetWayBack(ns, out.addedWayBack))
 		}
 		if out.addedSource6 { // the pod's entry may not have got as far as to say so
 			err = errors.Join(err, ns.RemoveLoopback(proxySource6))
@@ -124,6 +133,9 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if out.Already {
 		value.Flags |= d.lasting(cookie)
 	}
+	if err := d.planWayBack(ns, network, pod.Rules.Mode, &value, out); err != nil {
+		return err
+	}
 	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
 	}
@@ -143,6 +155,9 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
+	}
+	if err := d.setWayBack(ns, pod.Rules.Mode, value, out.addedWayBack); err != nil {
+		return err
 	}
 	runs, err := d.collect(ns, pod, out)
 	if err != nil {
@@ -166,6 +181,11 @@ func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err err
 		return false, err
 	}
 	defer unlock()
+	if ns == nil {
+		if ns = d.find(cookie); ns != nil {
+			defer ns.Close()
+		}
+	}
 	var value connectPod
 	found = d.maps["pods"].Lookup(cookie, &value) == nil
 	return found, d.unenroll(cookie, ns)
@@ -177,6 +197,7 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
+	errs = errors.Join(errs, restoreNamespace(ns, value))
 	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
@@ -188,9 +209,6 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	)
 	if known {
 		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
-	}
-	if ns != nil && value.Flags&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
-		errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
 	}
 	return errs
 }

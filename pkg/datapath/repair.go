@@ -16,8 +16,8 @@ import (
 // that was cut off, un-enrols namespaces that are gone, and removes links
 // without a pod.
 func (d *Datapath) repairPods() error {
-	known := map[uint64]connectPodFlags{}
-	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p.Flags }); err != nil {
+	known := map[uint64]connectPod{}
+	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p }); err != nil {
 		return err
 	}
 	var errs error
@@ -53,7 +53,7 @@ func (d *Datapath) podAlive(cookie uint64) (bool, error) {
 
 // completePods attaches what is missing to the namespaces that still live, and
 // un-enrols the others.
-func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFlags) error {
+func (d *Datapath) completePods(cookies []uint64, pods map[uint64]connectPod) error {
 	if len(cookies) == 0 {
 		return nil
 	}
@@ -65,14 +65,14 @@ func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFla
 			errs = errors.Join(errs, d.unenroll(cookie, nil))
 			continue
 		}
-		if err := d.complete(path, flags[cookie]); err != nil {
+		if err := d.complete(path, pods[cookie]); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("complete the enrolment of %s: %w", path, err))
 		}
 	}
 	return errs
 }
 
-func (d *Datapath) complete(path string, flags connectPodFlags) error {
+func (d *Datapath) complete(path string, pod connectPod) error {
 	ns, err := netns.Open(path)
 	if err != nil {
 		return err
@@ -82,10 +82,17 @@ func (d *Datapath) complete(path string, flags connectPodFlags) error {
 	if err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, flags, true)
+	missing, err := ns.MissingWayBack(network.Primary6.IsValid())
+	if err != nil {
+		return err
+	}
+	if err := ns.AddWayBack(missing & netns.WayBack(pod.WayBack)); err != nil {
+		return err
+	}
+	return d.attachPod(ns, network, pod.Flags, true)
 }
 
-func (d *Datapath) removeStrayLinks(known map[uint64]connectPodFlags) error {
+func (d *Datapath) removeStrayLinks(known map[uint64]connectPod) error {
 	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
 	if err != nil {
 		return fmt.Errorf("list the pods' links: %w", err)

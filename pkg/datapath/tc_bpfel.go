@@ -103,7 +103,7 @@ type tcPod struct {
 	OutPort      uint16
 	InPort       uint16
 	DnsPort      uint16
-	Pad          uint16
+	WayBack      uint16
 	LoopbackNet  uint32
 	LoopbackMask uint32
 }

@@ -51,8 +51,11 @@ func Apply(base rules.Rules, annotations map[string]string) (rules.Rules, error)
 			return rules.Rules{}, &AnnotationError{key, value, fmt.Errorf("not supported yet: remove it")}
 		}
 	}
-	if mode, ok := annotations["sidecar.istio.io/interceptionMode"]; ok && mode != "REDIRECT" {
-		return rules.Rules{}, &AnnotationError{"sidecar.istio.io/interceptionMode", mode, fmt.Errorf("only REDIRECT is supported yet")}
+	if mode, ok := annotations["sidecar.istio.io/interceptionMode"]; ok {
+		out.Mode = rules.Mode(mode)
+		if out.Mode != rules.Redirect && out.Mode != rules.TProxy {
+			return rules.Rules{}, &AnnotationError{"sidecar.istio.io/interceptionMode", mode, fmt.Errorf("only REDIRECT and TPROXY are supported")}
+		}
 	}
 	for key, value := range annotations {
 		if err := applyOne(&out, key, value); err != nil {

@@ -62,7 +62,7 @@ func TestApplyRefusesWithTheAnnotationsName(t *testing.T) {
 		"traffic.sidecar.istio.io/excludeInterfaces":       "eth1",
 		"traffic.sidecar.istio.io/kubevirtInterfaces":      "tap0",
 		"istio.io/reroute-virtual-interfaces":              "tap0",
-		"sidecar.istio.io/interceptionMode":                "TPROXY",
+		"sidecar.istio.io/interceptionMode":                "NONE",
 	} {
 		got, err := Apply(rules.Default(), map[string]string{key: value})
 		var bad *AnnotationError
