@@ -162,9 +162,10 @@ static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
 	return reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
 }
 
-/* A call for a client goes out by lo, where the inbound program sees that it came
- * from within: without, it would name the address's interface, as for a packet
- * from the network. The mark leads there, and the app's answers back.
+/* A call from a client's address goes out by lo, so that the inbound program sees
+ * that it came from within: otherwise the kernel names the interface that has the
+ * address called, as for a packet from the network. The mark leads there, and the
+ * app's answers back.
  */
 static __always_inline bool send_by_lo(struct bpf_sock_addr *ctx, const struct call *call)
 {
@@ -218,8 +219,8 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	} else if (captured && is_ours(pod, dst, dport)) { /* would stand for itself */
 		reason = REFUSED_LOOP;
 		refused = true;
-	} else if (reason == DIRECT_PROXY_SOURCE && !addr_is_proxy_source(&call.src) &&
-		   !send_by_lo(ctx, &call)) { /* it would come back to the proxy */
+	} else if (reason == DIRECT_PROXY_SOURCE && is_foreign(&call) && !send_by_lo(ctx, &call)) {
+		/* it would come back to the proxy */
 		reason = REFUSED_LOOP;
 		refused = true;
 	}

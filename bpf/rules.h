@@ -172,17 +172,19 @@ static __always_inline bool captured_in(const struct pod *pod, __u16 port)
 	return verdict == RULE_CAPTURE;
 }
 
+/* Bound to an address that is neither the pod's nor the proxy's own source. */
+static __always_inline bool is_foreign(const struct call *c)
+{
+	return !addr_is_any(&c->src) && !addr_is_loopback(&c->src) &&
+	       !addr_is_proxy_source(&c->src) && !own_addr(&own_addrs, c->cookie, &c->src);
+}
+
 /* In TPROXY mode the proxy calls the app for a client: from the client's address,
  * or, where that is the pod's own, with the mark that says so.
  */
 static __always_inline bool is_for_client(const struct pod *pod, const struct call *c)
 {
-	if (!(pod->flags & POD_TPROXY))
-		return false;
-	if (c->mark == SLUICE_TPROXY_MARK)
-		return true;
-	return !addr_is_any(&c->src) && !addr_is_loopback(&c->src) &&
-	       !own_addr(&own_addrs, c->cookie, &c->src);
+	return pod->flags & POD_TPROXY && (c->mark == SLUICE_TPROXY_MARK || is_foreign(c));
 }
 
 /* O3, O6: does the proxy call a service that it is itself in front of? In TPROXY

@@ -83,7 +83,7 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
 		} else if out.addedWayBack != 0 {
-			err = errors.Join(err, d.forgetWayBack(ns, out.addedWayBack))
+			err = errors.Join(err, ns.RemoveWayBack(out.addedWayBack), d.maps["pods"].Put(ns.Cookie(), before))
 		}
 		if out.addedSource6 { // the pod's entry may not have got as far as to say so
 			err = errors.Join(err, ns.RemoveLoopback(proxySource6))

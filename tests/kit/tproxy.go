@@ -300,3 +300,11 @@ func (n *NS) BareListen(id ID, at string) *Sock {
 	}
 	return s
 }
+
+// Impatient sockets give up a connect that nobody answers after Quiet.
+func Impatient(o *opts) {
+	With(func(fd int) error {
+		tv := unix.NsecToTimeval(Quiet.Nanoseconds())
+		return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
+	})(o)
+}
