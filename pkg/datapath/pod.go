@@ -37,9 +37,6 @@ type Enrolment struct {
 // ErrNotReady is returned for a namespace that cannot be enrolled as it is.
 var ErrNotReady = errors.New("the network namespace is not ready")
 
-// ErrNoTProxy is returned where TPROXY mode cannot work.
-var ErrNoTProxy = errors.New("TPROXY mode is not possible")
-
 // Enroll captures the connections of a network namespace from now on. It is
 // idempotent: enrolling again changes rules and repairs what is missing. If it
 // fails, a namespace that was not enrolled is as it was.
@@ -65,8 +62,8 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
-	if pod.Rules.Mode == rules.TProxy && !d.features.IngressIfindex {
-		return Enrolment{}, fmt.Errorf("%w: on this kernel the proxy's calls for its clients cannot be told from what comes from the network (Linux 5.17 can); use mode %s", ErrNoTProxy, rules.Redirect)
+	if err := d.features.allow(pod.Rules.Mode); err != nil {
+		return Enrolment{}, err
 	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {

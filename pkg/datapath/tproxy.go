@@ -16,6 +16,18 @@ import (
 // before anything is added, and until everything is removed: whoever is killed in
 // between leaves nothing that nobody knows of.
 
+// ErrNoTProxy is returned where TPROXY mode cannot work.
+var ErrNoTProxy = errors.New("this kernel cannot do TPROXY mode")
+
+// allow refuses TPROXY mode where the inbound program cannot tell what comes in
+// by lo.
+func (f Features) allow(mode rules.Mode) error {
+	if mode == rules.TProxy && !f.IngressIfindex {
+		return fmt.Errorf("%w: it lacks ingress_ifindex in sk_lookup programs, so the proxy's calls for its clients cannot be told from what comes from the network. Linux 5.17 or newer has it; use mode %s", ErrNoTProxy, rules.Redirect)
+	}
+	return nil
+}
+
 // planWayBack notes in the pod's entry what is to be added to the namespace.
 func (d *Datapath) planWayBack(ns *netns.NetNS, network netns.Network, mode rules.Mode, value *connectPod, out *Enrolment) error {
 	if out.Already {

@@ -90,11 +90,11 @@ func (n *NetNS) MissingWayBack(ipv6 bool) (WayBack, error) {
 			if s.part&wayBack6 != 0 && !ipv6 {
 				continue
 			}
-			value, err := os.ReadFile(s.path)
+			value, err := readSetting(s.path)
 			if err != nil {
-				return fmt.Errorf("read %s in %s: %w", s.path, n.path, err)
+				return err
 			}
-			if strings.TrimSpace(string(value)) == "0" {
+			if value == "0" {
 				missing |= s.part
 			}
 		}
@@ -127,13 +127,10 @@ func hasWayBackRoute(routes []netlink.Route) bool {
 	return false
 }
 
-// AddWayBack adds these parts, which must be missing. Of what fails, nothing is
-// left.
+// AddWayBack adds these parts, which must be missing. If it fails, none of them
+// is left.
 func (n *NetNS) AddWayBack(parts WayBack) error {
-	if parts == 0 {
-		return nil
-	}
-	err := n.changeWayBack(parts, "1", (*netlink.Handle).RouteAdd, (*netlink.Handle).RuleAdd)
+	err := n.addWayBack(parts)
 	if errors.Is(err, unix.EEXIST) {
 		err = fmt.Errorf("%w: something else uses routing table %d there, which TPROXY mode needs for itself", err, wayBackTable)
 	}
@@ -143,54 +140,54 @@ func (n *NetNS) AddWayBack(parts WayBack) error {
 	return nil
 }
 
+// addWayBack does first what may not be allowed.
+func (n *NetNS) addWayBack(parts WayBack) error {
+	handle, err := n.Handle()
+	if err != nil {
+		return err
+	}
+	if err := n.writeSettings(parts, "1"); err != nil {
+		return err
+	}
+	for _, f := range wayBackFamilies {
+		if parts&f.route != 0 {
+			if err := handle.RouteAdd(wayBackRoute(f.family)); err != nil {
+				return fmt.Errorf("add the route of TPROXY mode to %s: %w", n.path, err)
+			}
+		}
+		if parts&f.rule != 0 {
+			if err := handle.RuleAdd(wayBackRule(f.family)); err != nil {
+				return fmt.Errorf("add the routing rule of TPROXY mode to %s: %w", n.path, err)
+			}
+		}
+	}
+	return nil
+}
+
 // RemoveWayBack removes these parts. What is not there is no error.
 func (n *NetNS) RemoveWayBack(parts WayBack) error {
 	if parts == 0 {
 		return nil
 	}
-	return n.changeWayBack(parts, "0",
-		func(h *netlink.Handle, r *netlink.Route) error { return unlessGone(h.RouteDel(r)) },
-		func(h *netlink.Handle, r *netlink.Rule) error { return unlessGone(h.RuleDel(r)) })
-}
-
-func unlessGone(err error) error {
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
-		return nil
-	}
-	return err
-}
-
-// changeWayBack goes on after a failure, so that removing removes what it can.
-func (n *NetNS) changeWayBack(parts WayBack, setting string, route func(*netlink.Handle, *netlink.Route) error, rule func(*netlink.Handle, *netlink.Rule) error) error {
 	handle, err := n.Handle()
 	if err != nil {
 		return err
 	}
 	var errs error
+	gone := func(err error) bool { return err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 	for _, f := range wayBackFamilies {
-		if parts&f.route != 0 {
-			if err := route(handle, wayBackRoute(f.family)); err != nil {
-				errs = errors.Join(errs, fmt.Errorf("change the route of TPROXY mode in %s: %w", n.path, err))
-			}
-		}
 		if parts&f.rule != 0 {
-			if err := rule(handle, wayBackRule(f.family)); err != nil {
-				errs = errors.Join(errs, fmt.Errorf("change the routing rule of TPROXY mode in %s: %w", n.path, err))
+			if err := handle.RuleDel(wayBackRule(f.family)); !gone(err) {
+				errs = errors.Join(errs, fmt.Errorf("remove the routing rule of TPROXY mode from %s: %w", n.path, err))
+			}
+		}
+		if parts&f.route != 0 {
+			if err := handle.RouteDel(wayBackRoute(f.family)); !gone(err) {
+				errs = errors.Join(errs, fmt.Errorf("remove the route of TPROXY mode from %s: %w", n.path, err))
 			}
 		}
 	}
-	return errors.Join(errs, n.Do(func() error { return changeSettings(parts, setting) }))
-}
-
-// changeSettings is for a thread in the namespace, which /proc/sys/net follows.
-func changeSettings(parts WayBack, value string) error {
-	var errs error
-	for _, s := range wayBackSettings {
-		if parts&s.part != 0 {
-			errs = errors.Join(errs, writeSetting(s.path, value))
-		}
-	}
-	return errs
+	return errors.Join(errs, n.writeSettings(parts, "0"))
 }
 
 func wayBackRoute(family int) *netlink.Route {
@@ -214,13 +211,36 @@ func wayBackRule(family int) *netlink.Rule {
 	return r
 }
 
-func writeSetting(path, value string) error {
-	err := os.WriteFile(path, []byte(value), 0o644)
-	if errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("set %s: %w; TPROXY mode needs a /proc/sys that can be written, as in a privileged container", path, err)
-	}
+// writeSettings leaves alone what has the value: it may not be ours to write.
+func (n *NetNS) writeSettings(parts WayBack, value string) error {
+	return n.Do(func() error { // /proc/sys/net follows the thread
+		for _, s := range wayBackSettings {
+			if parts&s.part == 0 {
+				continue
+			}
+			there, err := readSetting(s.path)
+			if err != nil {
+				return err
+			}
+			if there == value {
+				continue
+			}
+			err = os.WriteFile(s.path, []byte(value), 0o644)
+			if errors.Is(err, unix.EROFS) {
+				return fmt.Errorf("set a sysctl that TPROXY mode needs: %w; give Sluice a /proc/sys that can be written, as in a privileged container", err)
+			}
+			if err != nil {
+				return fmt.Errorf("set a sysctl that TPROXY mode needs: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+func readSetting(path string) (string, error) {
+	value, err := os.ReadFile(path)
 	if err != nil {
-		return fmt.Errorf("set %s: %w", path, err)
+		return "", fmt.Errorf("read a sysctl that TPROXY mode needs: %w", err)
 	}
-	return nil
+	return strings.TrimSpace(string(value)), nil
 }

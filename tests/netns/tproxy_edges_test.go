@@ -71,7 +71,7 @@ func TestByTPROXYTheNetworkCannotPassForTheProxy(t *testing.T) {
 				t.Errorf("%d connections were captured, want %d", n, rounds)
 			}
 
-			// Both at once cannot be: the network's SYN is the app's to ignore.
+			// Both at once cannot be: the SYN of the later one is the other's to ignore.
 			call, err := callForClient(p, f, client, 8080)
 			if err != nil {
 				t.Fatal(err)
@@ -81,6 +81,15 @@ func TestByTPROXYTheNetworkCannotPassForTheProxy(t *testing.T) {
 				t.Errorf("a client with the ports of a call that is open gets %v, %v", c, err)
 			}
 			kit.Exchange(t, call, served, 1000)
+			captured, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080))
+			if err != nil {
+				t.Fatal(err)
+			}
+			accepted := proxy.MustAccept()
+			if c, err := p.Dial(kit.TProxy, f.socket, ap(f.pod, 8080), kit.ForClient(captured.Name(), 1337), kit.Impatient); !errors.Is(err, unix.ETIMEDOUT) {
+				t.Errorf("a call with the ports of a client that is connected gets %v, %v", c, err)
+			}
+			kit.Exchange(t, captured, accepted, 1000)
 			if _, err := app.AcceptWithin(0); !errors.Is(err, kit.ErrNobody) {
 				t.Error("the app got a connection from the network")
 			}

@@ -18,15 +18,6 @@ import (
 // byTProxy asks for TPROXY mode.
 func byTProxy(p *datapath.Pod) { p.Rules.Mode = rules.TProxy }
 
-// tproxies are the proxies that these tests run as real processes.
-var tproxies = map[string]func(*kit.Pod) func(){
-	"a proxy that marks its calls":        func(p *kit.Pod) func() { return p.StartTProxy() },
-	"a proxy that does not":               func(p *kit.Pod) func() { return p.StartTProxy(kit.Unmarked) },
-	"a proxy that calls the app at home":  func(p *kit.Pod) func() { return p.StartTProxy(kit.ToLoopback) },
-	"HAProxy":                             func(p *kit.Pod) func() { return p.StartHAProxy() },
-	"a proxy in a pod with strict checks": func(p *kit.Pod) func() { strictSources(p); return p.StartTProxy() },
-}
-
 // strictSources lets the kernel check the source of every packet as strictly as
 // it can.
 func strictSources(p *kit.Pod) {
@@ -36,74 +27,94 @@ func strictSources(p *kit.Pod) {
 }
 
 func TestByTPROXYTheAppSeesTheClientAndAnswersThroughTheProxy(t *testing.T) {
+	for name, start := range map[string]func(*kit.Pod) func(){
+		"marks its calls":         func(p *kit.Pod) func() { return p.StartTProxy() },
+		"does not":                func(p *kit.Pod) func() { return p.StartTProxy(kit.Unmarked) },
+		"calls the app at home":   func(p *kit.Pod) func() { return p.StartTProxy(kit.ToLoopback) },
+		"in a pod with rp_filter": func(p *kit.Pod) func() { strictSources(p); return p.StartTProxy() },
+	} {
+		t.Run(name, func(t *testing.T) { appSeesTheClient(t, start) })
+	}
+}
+
+func TestHAProxyByTPROXY(t *testing.T) {
+	appSeesTheClient(t, func(p *kit.Pod) func() { return p.StartHAProxy() })
+}
+
+// appSeesTheClient goes through a pod's life with a proxy that start starts.
+func appSeesTheClient(t *testing.T, start func(*kit.Pod) (stop func())) {
 	d := kit.Datapath(t)
-	for name, start := range tproxies {
-		for _, way := range []datapath.Inbound{datapath.InboundSKLookup, datapath.InboundTC} {
-			for _, f := range families {
-				t.Run(fmt.Sprint(name, "/", way, "/", f.name), func(t *testing.T) {
-					p := kit.NewPod(t)
-					app := p.BareListen(kit.App, at(f.wildcard, 8080))
-					dial := func() (client, served *kit.Sock, err error) {
-						if client, err = p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080)); err == nil {
-							served, err = app.Accept()
-						}
-						return client, served, err
-					}
-					direct := func(when string) {
-						client, served, err := dial()
-						if err != nil {
-							t.Fatal(when, err)
-						}
-						if served.Peer() != client.Name() {
-							t.Errorf("%s the app's peer is %v, want the client itself, %v", when, served.Peer(), client.Name())
-						}
-						kit.Exchange(t, client, served, 1<<16)
-						client.Close()
-						served.Close()
-					}
-					direct("without Sluice:")
+	for _, way := range []datapath.Inbound{datapath.InboundSKLookup, datapath.InboundTC} {
+		for _, f := range families {
+			t.Run(fmt.Sprint(way, "/", f.name), func(t *testing.T) {
+				p := kit.NewPod(t)
+				app := p.BareListen(kit.App, at(f.wildcard, 8080))
+				reachesTheApp(t, p, f, app, "without Sluice")
+				before := waysOf(t, p)
 
-					before := waysOf(t, p)
-					p.Enroll(d, byTProxy, func(pod *datapath.Pod) { pod.Inbound = way })
-					if _, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
-						t.Errorf("without a proxy the dial ends with %v, want ECONNREFUSED", err)
-					}
-					stop := start(p)
-					client, served, err := dial()
-					if err != nil {
-						t.Fatal("by the proxy:", err)
-					}
-					if served.Peer().Addr() != client.Name().Addr() || served.Peer().Port() == client.Name().Port() {
-						t.Errorf("the app's peer is %v, want the address of %v and another port", served.Peer(), client.Name())
-					}
-					if client.Peer() != ap(f.pod, 8080) {
-						t.Errorf("the client's peer is %v", client.Peer())
-					}
-					kit.Exchange(t, client, served, 4<<20)
-					if n := p.Stat(d, "direct-proxy-source"); n != 1 {
-						t.Errorf("%d calls of the app were counted, want 1", n)
-					}
-					client.Close()
-					if _, err := served.ReadSome(); !errors.Is(err, io.EOF) {
-						t.Errorf("after the client's end the app reads %v", err)
-					}
-					served.Close()
-					stop()
-					if _, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
-						t.Errorf("when the proxy has ended the dial ends with %v, want ECONNREFUSED", err)
-					}
+				p.Enroll(d, byTProxy, func(pod *datapath.Pod) { pod.Inbound = way })
+				isRefused(t, p, f, "without a proxy")
+				stop := start(p)
+				throughTheProxy(t, p, f, app)
+				if n := p.Stat(d, "direct-proxy-source"); n != 1 {
+					t.Errorf("%d calls of the app were counted, want 1", n)
+				}
+				stop()
+				isRefused(t, p, f, "when the proxy has ended")
 
-					if _, err := d.Unenroll(p.Cookie(), p.NetNS); err != nil {
-						t.Fatal(err)
-					}
-					if after := waysOf(t, p); after != before {
-						t.Errorf("un-enrolment leaves\n%s\nwhere there was\n%s", after, before)
-					}
-					direct("un-enrolled again:")
-				})
-			}
+				if _, err := d.Unenroll(p.Cookie(), p.NetNS); err != nil {
+					t.Fatal(err)
+				}
+				if after := waysOf(t, p); after != before {
+					t.Errorf("un-enrolment leaves\n%s\nwhere there was\n%s", after, before)
+				}
+				reachesTheApp(t, p, f, app, "un-enrolled again")
+			})
 		}
 	}
+}
+
+func reachesTheApp(t *testing.T, p *kit.Pod, f family, app *kit.Sock, when string) {
+	t.Helper()
+	client, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080))
+	if err != nil {
+		t.Fatal(when, err)
+	}
+	served := app.MustAccept()
+	if served.Peer() != client.Name() {
+		t.Errorf("%s the app's peer is %v, want the client itself, %v", when, served.Peer(), client.Name())
+	}
+	kit.Exchange(t, client, served, 1<<16)
+	client.Close()
+	served.Close()
+}
+
+func isRefused(t *testing.T, p *kit.Pod, f family, when string) {
+	t.Helper()
+	if _, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("%s the dial ends with %v, want ECONNREFUSED", when, err)
+	}
+}
+
+func throughTheProxy(t *testing.T, p *kit.Pod, f family, app *kit.Sock) {
+	t.Helper()
+	client, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080))
+	if err != nil {
+		t.Fatal("by the proxy:", err)
+	}
+	served := app.MustAccept()
+	if served.Peer().Addr() != client.Name().Addr() || served.Peer().Port() == client.Name().Port() {
+		t.Errorf("the app's peer is %v, want the address of %v and another port", served.Peer(), client.Name())
+	}
+	if client.Peer() != ap(f.pod, 8080) {
+		t.Errorf("the client's peer is %v", client.Peer())
+	}
+	kit.Exchange(t, client, served, 4<<20)
+	client.Close()
+	if _, err := served.ReadSome(); !errors.Is(err, io.EOF) {
+		t.Errorf("after the client's end the app reads %v", err)
+	}
+	served.Close()
 }
 
 // A running pod: its proxy listens before it is enrolled, on several addresses.
