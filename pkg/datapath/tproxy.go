@@ -3,6 +3,8 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 
 	"github.com/cilium/ebpf"
 
@@ -93,7 +95,8 @@ func restoreNamespace(ns *netns.NetNS, value connectPod) error {
 
 // find looks for the namespace of an enrolled pod; nil if it is gone.
 func (d *Datapath) find(cookie uint64) *netns.NetNS {
-	if alive, err := d.podAlive(cookie); err != nil || !alive {
+	_, err := os.Stat(filepath.Join(d.podDir(cookie), progInbound))
+	if alive, _ := d.podAlive(cookie); err == nil && !alive {
 		return nil // spare us a look at every process of the machine
 	}
 	path, ok := netns.ByCookie()[cookie]
