@@ -5,6 +5,7 @@ package vm
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os/exec"
 	"strings"
 	"testing"
@@ -32,10 +33,41 @@ func TestDatapath(t *testing.T) {
 	}
 	cmd := exec.Command(datapathTests, "-test.v", "-test.run", chosen)
 	cmd.Env = append(cmd.Environ(), "SLUICE_REQUIRE_ROOT=1")
-	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
+	var said bytes.Buffer
+	both := io.MultiWriter(t.Output(), &said)
+	cmd.Stdout, cmd.Stderr = both, both
 	if err := cmd.Run(); err != nil {
-		t.Errorf("%s: %v", datapathTests, err)
+		t.Errorf("%s: %v\n%s", datapathTests, err, failures(said.String()))
 	}
+}
+
+// failures repeats what the failed ones of many tests said, so that it stands at
+// the end, where people look and where logs are not cut.
+func failures(output string) string {
+	said := map[string]*strings.Builder{}
+	var out strings.Builder
+	var now *strings.Builder
+	for line := range strings.Lines(output) {
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) == 3 && fields[0] == "===":
+			if said[fields[2]] == nil {
+				said[fields[2]] = &strings.Builder{}
+			}
+			now = said[fields[2]]
+		case len(fields) > 2 && fields[0] == "---":
+			now = nil
+			if fields[1] == "FAIL:" && said[fields[2]] != nil {
+				out.WriteString(line + said[fields[2]].String())
+			}
+		case now != nil:
+			now.WriteString(line)
+		}
+	}
+	if out.Len() == 0 {
+		return "it ended before a test could say what failed"
+	}
+	return out.String()
 }
 
 func TestSluicectlWorksOrRefusesWithASentence(t *testing.T) {
