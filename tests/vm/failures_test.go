@@ -24,6 +24,12 @@ FAIL
 	if got := failures(output); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	if got, want := failedTests(output), "^(TestB)$"; got != want {
+		t.Errorf("the failed tests are %q, want %q", got, want)
+	}
+	if got := failedTests("panic: x"); got != "" {
+		t.Errorf("a crash is taken for %q", got)
+	}
 	if got := failures("panic"); got == "" {
 		t.Error("nothing is said of a crash")
 	}
