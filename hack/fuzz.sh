@@ -17,10 +17,11 @@ targets=()
 packages=$(grep -rl --include='*_test.go' '^func Fuzz' cmd pkg tests | xargs -n 1 dirname | sort -u)
 for package in $packages; do
 	names=$(go test -list '^Fuzz' "./$package") # fails if it does not build
-	for name in $(grep '^Fuzz' <<<"$names"); do
-		targets+=("$package $name")
-	done
+	while read -r name; do
+		[[ $name != Fuzz* ]] || targets+=("$package $name") # go says "ok" too
+	done <<<"$names"
 done
+((${#targets[@]})) || { echo "There are no fuzz targets below cmd, pkg and tests: this script looks in the wrong place."; exit 1; }
 echo "${#targets[@]} fuzz targets, $fuzztime each"
 
 failed=()

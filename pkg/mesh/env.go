@@ -17,6 +17,8 @@ const (
 	envLoopback      = "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR"
 )
 
+var variables = []string{envDisableEnvoy, envDNS, envDualStack, envInvalidDrop, envGroups, envGroupsExclude, envLoopback}
+
 // environment is that of the proxy: its container's, and what the injector
 // would have put there from the annotation proxy.istio.io/config. The container
 // wins, because it is what the proxy runs with.

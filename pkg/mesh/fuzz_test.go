@@ -92,7 +92,7 @@ func FuzzApply(f *testing.F) {
 
 // FuzzEnv gives the proxy one variable, by its container or by its annotation.
 func FuzzEnv(f *testing.F) {
-	for _, name := range []string{envDisableEnvoy, envDNS, envDualStack, envInvalidDrop, envGroups, envGroupsExclude, envLoopback} {
+	for _, name := range variables {
 		for _, value := range []string{"", "*", "true", "0", "1,2", "java", "127.0.0.0/8", "::1/128", "4294967295"} {
 			f.Add(name, value)
 		}

@@ -3,7 +3,9 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -102,6 +104,9 @@ func parseProxyConfig(text string) (proxyConfig, error) {
 	if err := yaml.Unmarshal([]byte(text), &out); err != nil {
 		return proxyConfig{}, fmt.Errorf("not a ProxyConfig in YAML, with strings in proxyMetadata: %s", oneLine(err.Error()))
 	}
+	// What is nobody's here goes: among keys such as 1 and "1", which are one
+	// in JSON, the decoder takes any.
+	maps.DeleteFunc(out.ProxyMetadata, func(name, _ string) bool { return !slices.Contains(variables, name) })
 	return out, nil
 }
 
