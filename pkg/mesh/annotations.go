@@ -97,18 +97,27 @@ type ValueError struct {
 }
 
 func (e *ValueError) Error() string {
-	return fmt.Sprintf("%s=%q: %v", e.Setting, shorten(e.Value), e.Err)
+	return fmt.Sprintf("%s=%q: %s", e.Setting, shorten(e.Value), cutMiddle(e.Err.Error()))
 }
 
 func (e *ValueError) Unwrap() error { return e.Err }
 
-// shorten keeps messages readable, and inside what a Kubernetes Event holds.
+// shorten and cutMiddle keep messages readable, and inside what a Kubernetes
+// Event holds. The remedy is at the end of a message.
 func shorten(value string) string {
 	const most = 120
 	if len(value) <= most {
 		return value
 	}
 	return strings.ToValidUTF8(value[:most], "") + "..."
+}
+
+func cutMiddle(text string) string {
+	const head, tail = 120, 280
+	if len(text) <= head+tail {
+		return text
+	}
+	return shorten(text) + strings.ToValidUTF8(text[len(text)-tail:], "")
 }
 
 // Apply changes base as annotations say, for a pod that is known by nothing

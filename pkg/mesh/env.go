@@ -17,6 +17,7 @@ const (
 	envLoopback      = "ISTIO_OUTBOUND_IPV4_LOOPBACK_CIDR"
 )
 
+// variables are all of them.
 var variables = []string{envDisableEnvoy, envDNS, envDualStack, envInvalidDrop, envGroups, envGroupsExclude, envLoopback}
 
 // environment is that of the proxy: its container's, and what the injector
