@@ -58,7 +58,7 @@ connections are left alone.`,
 	fl.StringArrayVar(&f.annotations, "annotation", nil, "KEY=VALUE; may be repeated")
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
-	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of the four flags above")
+	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of --pod, --annotation, --proxy-uid and --proxy-gid")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
@@ -67,6 +67,9 @@ connections are left alone.`,
 }
 
 func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
+	if cmd.Flags().Changed("manifest") && f.manifest == "" { // an unset variable of a script
+		return errors.New("--manifest: name a file, or - for stdin")
+	}
 	pod, decision, err := f.parse(cmd.InOrStdin())
 	if err != nil {
 		return err

@@ -214,3 +214,11 @@ func TestALongValueIsShortened(t *testing.T) {
 		}
 	}
 }
+
+func TestAProxyConfigKeepsOnlyWhatCounts(t *testing.T) {
+	got, err := parseProxyConfig("concurrency: 2\nproxyMetadata: {1: a, \"1\": b, ISTIO_DUAL_STACK: x}")
+	want := proxyConfig{ProxyMetadata: map[string]string{"ISTIO_DUAL_STACK": "x"}}
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Error(err, diff)
+	}
+}
