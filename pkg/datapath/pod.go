@@ -123,6 +123,8 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if out.Already {
 		value.Flags |= d.lasting(cookie)
+	} else if err := d.addFact(cookie, connectPodFactFACT_WAITING); err != nil {
+		return err // whatever the mode: it may change, and is then right
 	}
 	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
@@ -144,14 +146,14 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
-	runs, err := d.collect(ns, pod, out)
+	runs, err := d.collect(ns, value, out)
 	if err != nil {
 		return err
 	}
 	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
-		if err := d.setFlag(cookie, connectPodFlagsPOD_TCX); err != nil {
-			return err
+		if err := d.maps["pods"].Put(cookie, value); err != nil {
+			return tableError("pods", err)
 		}
 	}
 	return d.attachPod(ns, network, value.Flags, out.Already)
@@ -177,7 +179,7 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
-	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
+	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
@@ -225,7 +227,7 @@ func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 	if d.maps["pods"].Lookup(cookie, &p) != nil {
 		return 0
 	}
-	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE | connectPodFlagsPOD_ADDED_SOURCE6)
+	return p.Flags & connectPodFlagsPOD_ADDED_SOURCE6
 }
 
 // proxySource6 is what a proxy binds as its source when it calls the app over

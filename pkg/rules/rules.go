@@ -202,10 +202,16 @@ func (r Rules) check() error {
 	if r.Mode != Redirect && r.Mode != TProxy {
 		return fmt.Errorf("%q is not an interception mode: choose %s or %s", r.Mode, Redirect, TProxy)
 	}
-	if r.From != Always && r.From != ProxyReady {
-		return fmt.Errorf("%q does not say since when to capture: choose %s or %s", r.From, Always, ProxyReady)
+	_, err := ParseFrom(string(r.From))
+	return err
+}
+
+// ParseFrom reads since when to capture.
+func ParseFrom(text string) (From, error) {
+	if from := From(text); from == Always || from == ProxyReady {
+		return from, nil
 	}
-	return nil
+	return "", fmt.Errorf("%q does not say since when to capture: choose %s or %s", text, Always, ProxyReady)
 }
 
 // interfaceName is what Istio takes for one; the kernel takes 15 characters.
