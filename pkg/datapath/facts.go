@@ -16,7 +16,7 @@ type Capture string
 // which on it is Ready.
 const (
 	CaptureAlways  Capture = Capture(rules.Always)
-	CaptureWaiting Capture = "waiting for the proxy"
+	CaptureWaiting Capture = "waiting"
 	CaptureReady   Capture = "ready"
 )
 
