@@ -95,6 +95,9 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	} else if !done.Already {
 		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, connections are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
 	}
+	if done.UserNS {
+		cmd.Println("  It has a user namespace of its own: \"sluicectl rules\" shows its IDs as the machine's.")
+	}
 	if done.Before > 0 {
 		cmd.Printf("  %d connections were being opened before: they go on unredirected.\n", done.Before)
 	}

@@ -14,8 +14,8 @@ import (
 
 // Pod is what Enroll needs to know of a pod.
 type Pod struct {
-	Namespace, Name, UID string // for people; may be empty
-	Rules                rules.Rules
+	Namespace, Name, UID string      // for people; may be empty
+	Rules                rules.Rules // with the IDs that the pod sees
 	Inbound              Inbound
 	NoGuard              bool     // leave the TC egress guard out
 	TC                   TCAttach // empty: TCAuto
@@ -28,6 +28,7 @@ type Enrolment struct {
 	Listeners int  // sockets of the proxy that were open already
 	Before    int  // connections whose SYN was out already: they stay as they are
 	Inbound   Inbound
+	UserNS    bool     // the pod has a user namespace: its IDs were translated
 	Notes     []string // what a person should know
 
 	addedSource6 bool // ::6 was added to lo, and a failure must remove it
@@ -47,7 +48,13 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err != nil {
 		return Enrolment{}, err
 	}
-	pod.Rules = normal
+	ids, err := ns.IDs()
+	if err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s, for its proxy would not be known: %w", ns.Path(), err)
+	}
+	if pod.Rules, err = normal.Translate(ids.UID, ids.GID); err != nil {
+		return Enrolment{}, err
+	}
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
 	}
@@ -68,7 +75,7 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	defer unlock()
 
 	var before connectPod
-	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
+	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound, UserNS: ids.Own()}
 	if out.Already && (pod.TC == "" || pod.TC == TCAuto) {
 		pod.TC = before.tcAttach() // it keeps the way that it has
 	}
