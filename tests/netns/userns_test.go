@@ -55,7 +55,7 @@ func (p *userPod) listen(id kit.ID, at string) *kit.Sock {
 	if p.inside != nil {
 		return p.inside.Listen(id, at)
 	}
-	return p.NS.Listen(outside(id), at)
+	return p.Listen(outside(id), at)
 }
 
 // inUserPods runs a test with both ways of finding out what the IDs are.
@@ -86,7 +86,7 @@ func TestTheProxyOfAUserNamespaceIsTheOneWithItsIDThere(t *testing.T) {
 		}
 
 		// Who is 1337 on the machine is a stranger: nobody's listener.
-		stranger := p.NS.Listen(kit.Proxy, "[::]:15006")
+		stranger := p.Listen(kit.Proxy, "[::]:15006")
 		refused(t, p.Pod, families[0], 8080, "with a stranger's listener")
 		untouched(t, stranger)
 		stranger.Close()
@@ -107,7 +107,7 @@ func TestTheProxyOfAUserNamespaceIsTheOneWithItsIDThere(t *testing.T) {
 			for _, id := range []kit.ID{kit.Proxy, kit.ProxyUID, kit.ProxyGID} {
 				kit.Exchange(t, p.dial(t, id, to), p.server.MustAccept(), 1<<12)
 			}
-			s, err := p.NS.Dial(kit.Proxy, f.socket, to)
+			s, err := p.Dial(kit.Proxy, f.socket, to)
 			if err != nil {
 				t.Fatal("as the machine's 1337:", err)
 			}
@@ -123,7 +123,7 @@ func TestTheProxyOfAUserNamespaceIsTheOneWithItsIDThere(t *testing.T) {
 		if p.inside != nil {
 			return // it keeps the listener open
 		}
-		if _, err := p.NS.Dial(outside(kit.App), unix.AF_INET, ap(kit.Far4, 80)); !errors.Is(err, unix.ECONNREFUSED) {
+		if _, err := p.Dial(outside(kit.App), unix.AF_INET, ap(kit.Far4, 80)); !errors.Is(err, unix.ECONNREFUSED) {
 			t.Errorf("without a proxy the dial ends with %v, want ECONNREFUSED", err)
 		}
 	})
@@ -176,14 +176,14 @@ func TestOwnerGroupsAndReadinessInAUserNamespace(t *testing.T) {
 		p.Enroll(d, proxyReady, func(pod *datapath.Pod) { pod.Rules.ExcludeOwnerGroups = []uint32{2000} })
 		to := ap(kit.Far4, 80)
 		exempt, app := kit.ID{UID: 1000, GID: 2000}, kit.App
-		p.NS.Listen(kit.Proxy, "[::]:15001").Close() // the machine's 1337 is nobody here
+		p.Listen(kit.Proxy, "[::]:15001").Close() // the machine's 1337 is nobody here
 		wantCapture(t, d, p.Pod, datapath.CaptureWaiting, "with a stranger's listener")
 		kit.Exchange(t, p.dial(t, app, to), p.server.MustAccept(), 100)
 		out := p.listen(kit.Proxy, "[::]:15001")
 		wantCapture(t, d, p.Pod, datapath.CaptureReady, "with the proxy's")
 		kit.Exchange(t, p.dial(t, exempt, to), p.server.MustAccept(), 100)
 		kit.Exchange(t, p.dial(t, app, to), out.MustAccept(), 100)
-		s, err := p.NS.Dial(exempt, unix.AF_INET, to)
+		s, err := p.Dial(exempt, unix.AF_INET, to)
 		if err != nil {
 			t.Fatal(err)
 		}
