@@ -113,7 +113,6 @@ func refuseUnsupported(r rules.Rules) error {
 		{"excludeInterfaces", len(r.ExcludeInterfaces) > 0},
 		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
 		{"DNS capture", r.DNS},
-		{mesh.AnnotationCapture + "=" + string(rules.ProxyReady), r.From == rules.ProxyReady},
 	} {
 		if u.used {
 			return fmt.Errorf("%s is not supported yet: remove it", u.what)
