@@ -69,8 +69,8 @@ connections are left alone.`,
 }
 
 func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
-	if cmd.Flags().Changed("manifest") && f.manifest == "" { // an unset variable of a script
-		return errors.New("--manifest: name a file, or - for stdin")
+	if err := checkManifestFlags(cmd.Flags()); err != nil {
+		return err
 	}
 	pod, decision, err := f.parse(cmd.InOrStdin())
 	if err != nil {
