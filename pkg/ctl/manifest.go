@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
+	"github.com/spf13/pflag"
 	"sigs.k8s.io/yaml"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
@@ -17,12 +19,33 @@ import (
 // maxManifest is more than an API server keeps of a pod.
 const maxManifest = 4 << 20
 
+// besideManifest are the flags that say nothing of rules: all others would be
+// without effect beside --manifest, and are refused.
+var besideManifest = []string{"manifest", "netns", "bpffs", "inbound", "tc", "no-guard"}
+
+func checkManifestFlags(flags *pflag.FlagSet) error {
+	manifest := flags.Lookup("manifest")
+	if !manifest.Changed {
+		return nil
+	}
+	if manifest.Value.String() == "" { // an unset variable of a script
+		return errors.New("--manifest: name a file, or - for stdin")
+	}
+	var refused []string
+	flags.Visit(func(flag *pflag.Flag) {
+		if !slices.Contains(besideManifest, flag.Name) {
+			refused = append(refused, "--"+flag.Name)
+		}
+	})
+	if len(refused) > 0 {
+		return fmt.Errorf("--manifest alone says what the pod's rules are: leave out %s", strings.Join(refused, " and "))
+	}
+	return nil
+}
+
 // fromManifest judges the pod of --manifest with the mesh's defaults, and names
 // pod after it.
 func (f enrollFlags) fromManifest(pod *datapath.Pod, stdin io.Reader) (mesh.Decision, error) {
-	if f.pod != "" || len(f.annotations)+len(f.uids)+len(f.gids) > 0 {
-		return mesh.Decision{}, errors.New("--manifest says what --pod, --annotation, --proxy-uid and --proxy-gid say: leave those out")
-	}
 	text, err := readManifest(f.manifest, stdin)
 	if err != nil {
 		return mesh.Decision{}, fmt.Errorf("--manifest: %w", err)
@@ -112,7 +135,6 @@ func refuseUnsupported(r rules.Rules) error {
 		{"excludeInterfaces", len(r.ExcludeInterfaces) > 0},
 		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
 		{"DNS capture", r.DNS},
-		{mesh.AnnotationCapture + "=" + string(rules.ProxyReady), r.From == rules.ProxyReady},
 	} {
 		if u.used {
 			return fmt.Errorf("%s is not supported yet: remove it", u.what)

@@ -26,6 +26,7 @@ type PodInfo struct {
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
 	Mode      rules.Mode `json:"mode"`
+	Capture   Capture    `json:"capture"`
 	TC        TCAttach   `json:"tc"`
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
@@ -52,6 +53,7 @@ type StatInfo struct {
 // Pods lists the enrolled pods by namespace, name and cookie.
 func (d *Datapath) Pods() ([]PodInfo, error) {
 	out := []PodInfo{}
+	var errs error
 	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
@@ -64,6 +66,9 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		if p.Flags&connectPodFlagsPOD_TPROXY != 0 {
 			info.Mode = rules.TProxy
 		}
+		var err error
+		info.Capture, err = d.captureOf(cookie, p.Flags)
+		errs = errors.Join(errs, err)
 		var name connectPodName
 		if d.maps["pod_names"].Lookup(cookie, &name) == nil {
 			info.Namespace, info.Name, info.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
@@ -94,7 +99,7 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	slices.SortFunc(out, func(a, b PodInfo) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Cookie, b.Cookie))
 	})
-	return out, errors.Join(err1, err2)
+	return out, errors.Join(errs, err1, err2)
 }
 
 // Rules lists the entries of every rule set.

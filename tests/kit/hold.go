@@ -19,6 +19,9 @@ const holdEnv = "SLUICE_TEST_HOLD"
 // in a TestMain that does more.
 func HoldAndExit() {
 	proxyAndExit()
+	if os.Getenv(insideEnv) != "" {
+		serveInside()
+	}
 	if os.Getenv(holdEnv) == "" {
 		return
 	}

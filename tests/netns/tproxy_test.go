@@ -53,14 +53,14 @@ func appSeesTheClient(t *testing.T, start func(*kit.Pod) (stop func())) {
 				before := waysOf(t, p)
 
 				p.Enroll(d, byTProxy, func(pod *datapath.Pod) { pod.Inbound = way })
-				isRefused(t, p, f, "without a proxy")
+				mustRefuse(t, p, f, "without a proxy")
 				stop := start(p)
 				throughTheProxy(t, p, f, app)
 				if n := p.Stat(d, "direct-proxy-source"); n != 1 {
 					t.Errorf("%d calls of the app were counted, want 1", n)
 				}
 				stop()
-				isRefused(t, p, f, "when the proxy has ended")
+				mustRefuse(t, p, f, "when the proxy has ended")
 
 				if _, err := d.Unenroll(p.Cookie(), p.NetNS); err != nil {
 					t.Fatal(err)
@@ -89,7 +89,7 @@ func reachesTheApp(t *testing.T, p *kit.Pod, f family, app *kit.Sock, when strin
 	served.Close()
 }
 
-func isRefused(t *testing.T, p *kit.Pod, f family, when string) {
+func mustRefuse(t *testing.T, p *kit.Pod, f family, when string) {
 	t.Helper()
 	if _, err := p.Far.Dial(kit.Root, f.socket, ap(f.pod, 8080)); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("%s the dial ends with %v, want ECONNREFUSED", when, err)
