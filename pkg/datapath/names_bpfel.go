@@ -61,7 +61,14 @@ type namesInterfaceKind uint32
 const (
 	namesInterfaceKindINTERFACE_EXCLUDED namesInterfaceKind = 1
 	namesInterfaceKindINTERFACE_REROUTED namesInterfaceKind = 2
+	namesInterfaceKindINTERFACE_CARRIER  namesInterfaceKind = 3
 )
+
+type namesInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type namesListenerKey struct {
 	_      structs.HostLayout
@@ -168,6 +175,7 @@ type namesRouteKind uint32
 const (
 	namesRouteKindROUTE_OTHER    namesRouteKind = 1
 	namesRouteKindROUTE_EXCLUDED namesRouteKind = 2
+	namesRouteKindROUTE_LOCAL    namesRouteKind = 3
 )
 
 type namesRuleSet struct {
@@ -231,33 +239,34 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	namesMapBinders       = "binders"
-	namesMapCidrRules4    = "cidr_rules4"
-	namesMapCidrRules6    = "cidr_rules6"
-	namesMapHandshakeUse  = "handshake_use"
-	namesMapHandshakes    = "handshakes"
-	namesMapInterfaces    = "interfaces"
-	namesMapListeners     = "listeners"
-	namesMapOrigDst       = "orig_dst"
-	namesMapOwnAddrs      = "own_addrs"
-	namesMapPodInbound    = "pod_inbound"
-	namesMapPodNames      = "pod_names"
-	namesMapPodTc         = "pod_tc"
-	namesMapPods          = "pods"
-	namesMapPortRules     = "port_rules"
-	namesMapProxyIds      = "proxy_ids"
-	namesMapRoutes4       = "routes4"
-	namesMapRoutes6       = "routes6"
-	namesMapRuleSets      = "rule_sets"
-	namesMapScratch       = "scratch"
-	namesMapStats         = "stats"
-	namesMapTargetIndex   = "target_index"
-	namesMapTargetUse     = "target_use"
-	namesMapTargets       = "targets"
-	namesProgGetpeername4 = "getpeername4"
-	namesProgGetpeername6 = "getpeername6"
-	namesProgGetsockname4 = "getsockname4"
-	namesProgGetsockname6 = "getsockname6"
+	namesMapBinders        = "binders"
+	namesMapCidrRules4     = "cidr_rules4"
+	namesMapCidrRules6     = "cidr_rules6"
+	namesMapHandshakeUse   = "handshake_use"
+	namesMapHandshakes     = "handshakes"
+	namesMapInterfaceNames = "interface_names"
+	namesMapInterfaces     = "interfaces"
+	namesMapListeners      = "listeners"
+	namesMapOrigDst        = "orig_dst"
+	namesMapOwnAddrs       = "own_addrs"
+	namesMapPodInbound     = "pod_inbound"
+	namesMapPodNames       = "pod_names"
+	namesMapPodTc          = "pod_tc"
+	namesMapPods           = "pods"
+	namesMapPortRules      = "port_rules"
+	namesMapProxyIds       = "proxy_ids"
+	namesMapRoutes4        = "routes4"
+	namesMapRoutes6        = "routes6"
+	namesMapRuleSets       = "rule_sets"
+	namesMapScratch        = "scratch"
+	namesMapStats          = "stats"
+	namesMapTargetIndex    = "target_index"
+	namesMapTargetUse      = "target_use"
+	namesMapTargets        = "targets"
+	namesProgGetpeername4  = "getpeername4"
+	namesProgGetpeername6  = "getpeername6"
+	namesProgGetsockname4  = "getsockname4"
+	namesProgGetsockname6  = "getsockname6"
 )
 
 // loadNames returns the embedded CollectionSpec for names.
@@ -312,29 +321,30 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -363,29 +373,30 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *namesMaps) Close() error {
@@ -395,6 +406,7 @@ func (m *namesMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,

@@ -82,7 +82,11 @@ func (d *Datapath) complete(path string, flags connectPodFlags) error {
 	if err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, flags, true)
+	entries, err := d.readNetwork(ns.Cookie())
+	if err != nil {
+		return err
+	}
+	return d.attachPod(ns, network, networkOf(network, entries.names), flags, true)
 }
 
 func (d *Datapath) removeStrayLinks(known map[uint64]connectPodFlags) error {
@@ -119,7 +123,7 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
-		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
+		d.forgetNetwork(func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)
 }

@@ -18,13 +18,13 @@ const (
 	includeInboundPorts  = annotationPrefix + "includeInboundPorts"
 	excludeInboundPorts  = annotationPrefix + "excludeInboundPorts"
 	excludeOutboundPorts = annotationPrefix + "excludeOutboundPorts"
+	excludeInterfaces    = annotationPrefix + "excludeInterfaces"
 )
 
 // refused are annotations that change the redirection in ways that this version
 // cannot reproduce. Ignoring one would let traffic escape or break.
 var refused = []string{
 	annotationPrefix + "includeOutboundPorts",
-	annotationPrefix + "excludeInterfaces",
 	annotationPrefix + "kubevirtInterfaces",
 	"istio.io/reroute-virtual-interfaces",
 }
@@ -80,9 +80,11 @@ func applyOne(out *rules.Rules, key, value string) error {
 	case excludeOutboundPorts:
 		ports, err = rules.ParsePorts(value, false)
 		out.ExcludeOutboundPorts = ports.List
+	case excludeInterfaces:
+		out.ExcludeInterfaces, err = rules.ParseInterfaces(value)
 	default:
 		if strings.HasPrefix(key, annotationPrefix) && !slices.Contains(refused, key) {
-			return fmt.Errorf("unknown traffic annotation: known are includeOutboundIPRanges, excludeOutboundIPRanges, includeInboundPorts, excludeInboundPorts and excludeOutboundPorts")
+			return fmt.Errorf("unknown traffic annotation: known are includeOutboundIPRanges, excludeOutboundIPRanges, includeInboundPorts, excludeInboundPorts, excludeOutboundPorts and excludeInterfaces")
 		}
 	}
 	return err

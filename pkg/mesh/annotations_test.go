@@ -59,7 +59,7 @@ func TestApplyRefusesWithTheAnnotationsName(t *testing.T) {
 		"traffic.sidecar.istio.io/excludeOutboundPorts":    "65536",
 		"traffic.sidecar.istio.io/excludeOutboundPort":     "80",
 		"traffic.sidecar.istio.io/includeOutboundPorts":    "80",
-		"traffic.sidecar.istio.io/excludeInterfaces":       "eth1",
+		"traffic.sidecar.istio.io/excludeInterfaces":       "1eth",
 		"traffic.sidecar.istio.io/kubevirtInterfaces":      "tap0",
 		"istio.io/reroute-virtual-interfaces":              "tap0",
 		"sidecar.istio.io/interceptionMode":                "TPROXY",
