@@ -37,9 +37,11 @@ Annotations are Istio's:
   traffic.sidecar.istio.io/excludeOutboundPorts      ports
   traffic.sidecar.istio.io/includeInboundPorts       "*", or ports
   traffic.sidecar.istio.io/excludeInboundPorts       ports; without effect beside an include list
+  traffic.sidecar.istio.io/excludeInterfaces         names; nothing is captured in or out through these
 
 Enrolling a namespace again changes its rules and repairs what is missing; open
-connections are left alone.`,
+connections are left alone. Addresses, routes and interfaces that change later
+are seen by "sluicectl watch", or once by "sluicectl refresh".`,
 		Example: `  sluicectl enroll --netns web
   sluicectl enroll --netns /proc/4711/ns/net --pod shop/cart-0 \
     --annotation traffic.sidecar.istio.io/excludeOutboundPorts=3306,6379`,
