@@ -166,7 +166,11 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, flags connec
 	for _, e := range entries {
 		isLink := e.Name() == progInbound || flags&connectPodFlagsPOD_TCX != 0
 		if !wanted[e.Name()] || !isLink {
-			errs = errors.Join(errs, os.Remove(filepath.Join(dir, e.Name())))
+			pin := filepath.Join(dir, e.Name())
+			if wanted != nil { // the pod lives on: not in a while, but now
+				errs = errors.Join(errs, detachNow(pin))
+			}
+			errs = errors.Join(errs, os.Remove(pin))
 		}
 	}
 	if ns == nil {

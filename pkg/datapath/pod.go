@@ -173,11 +173,19 @@ func (d *Datapath) enrolNetwork(ns *netns.NetNS, network netns.Network, pod Pod,
 	var before podNetwork
 	if out.Already {
 		var err error
-		if before, err = d.readNetwork(ns.Cookie()); err != nil {
+		if before, err = d.readNetwork(ns.Cookie(), d.flagsOf(ns.Cookie())|entries.flags()); err != nil {
 			return podNetwork{}, err
 		}
 	}
 	return entries, d.changeNetwork(ns.Cookie(), before, entries)
+}
+
+func (d *Datapath) flagsOf(cookie uint64) connectPodFlags {
+	var p connectPod
+	if d.maps["pods"].Lookup(cookie, &p) != nil {
+		return 0
+	}
+	return p.Flags
 }
 
 // noteInterfaces notes what may surprise who excludes interfaces.
@@ -220,7 +228,7 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
-		d.forgetNetwork(func(c uint64) bool { return c == cookie }),
+		d.forgetNetwork(!known || hasRoutes(value.Flags), func(c uint64) bool { return c == cookie }),
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),
 	)

@@ -57,7 +57,7 @@ func (d *Datapath) Refresh(ns *netns.NetNS) (Refreshed, error) {
 	if err != nil {
 		return out, err
 	}
-	old, err := d.readNetwork(cookie)
+	old, err := d.readNetwork(cookie, before.Flags)
 	if err != nil {
 		return out, err
 	}

@@ -82,7 +82,7 @@ func (d *Datapath) complete(path string, flags connectPodFlags) error {
 	if err != nil {
 		return err
 	}
-	entries, err := d.readNetwork(ns.Cookie())
+	entries, err := d.readNetwork(ns.Cookie(), flags)
 	if err != nil {
 		return err
 	}
@@ -123,7 +123,7 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
-		d.forgetNetwork(func(cookie uint64) bool { return !pods[cookie] }),
+		d.forgetNetwork(true, func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)
 }

@@ -43,8 +43,11 @@ func compileRoutes(network netns.Network, interfaces map[uint32]connectInterface
 	out := map[netip.Prefix]connectRouteKind{}
 	for _, p := range prefixes {
 		above := kindAbove(out, p)
-		// The local table is asked before the main one.
-		if above != all[p] && above != connectRouteKindROUTE_LOCAL {
+		// The local table is asked before the main one. Not so of IPv4: without
+		// routing rules of its own a namespace has both in one, where the longest
+		// prefix of either counts.
+		hidden := above == connectRouteKindROUTE_LOCAL && p.Addr().Is6()
+		if above != all[p] && !hidden {
 			out[p] = all[p]
 		}
 	}
@@ -94,4 +97,28 @@ func mainRoutes(routes []netns.Route, interfaces map[uint32]connectInterfaceKind
 		}
 	}
 	return out
+}
+
+// routeStep is one change of a table of routes; a nil kind removes.
+type routeStep struct {
+	prefix netip.Prefix
+	kind   any
+}
+
+// routeSteps orders the changes from one table to another. The longest prefix
+// counts: written longest first, then removed shortest first, at each moment
+// each destination is judged as one of the two tables judges it. (Otherwise a
+// route could be seen without the longer one that qualifies it.)
+func routeSteps(old, new map[netip.Prefix]connectRouteKind) []routeStep {
+	var put, remove []routeStep
+	difference(old, new, func(p netip.Prefix, kind any) {
+		if kind == nil {
+			remove = append(remove, routeStep{p, nil})
+		} else {
+			put = append(put, routeStep{p, kind})
+		}
+	})
+	slices.SortFunc(put, func(a, b routeStep) int { return cmp.Compare(b.prefix.Bits(), a.prefix.Bits()) })
+	slices.SortFunc(remove, func(a, b routeStep) int { return cmp.Compare(a.prefix.Bits(), b.prefix.Bits()) })
+	return append(put, remove...)
 }
