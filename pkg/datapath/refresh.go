@@ -72,7 +72,7 @@ func (d *Datapath) Refresh(ns *netns.NetNS) (Refreshed, error) {
 	}
 	after := before
 	err = errors.Join(err, d.editPod(cookie, func(p *connectPod) {
-		p.Addr4, p.Addr6 = toAddr(network.Primary4), toAddr(network.Primary6)
+		p.Addr4, p.Addr6 = primary(p.Addr4, network.Primary4, network), primary(p.Addr6, network.Primary6, network)
 		p.Flags = p.Flags&^connectPodFlagsPOD_HAS_LOCALS | new.flags()
 		if addedSource6 {
 			p.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
@@ -133,6 +133,15 @@ func (r *Refreshed) compare(old, new podNetwork) {
 	} {
 		r.note(what, lists[what]...)
 	}
+}
+
+// primary is what a captured socket shows as its source: the same for as long as
+// the pod has it, for the kernel may list a newer address first.
+func primary(now connectAddr, first netip.Addr, network netns.Network) connectAddr {
+	if slices.Contains(network.Global, fromAddr(now.B)) {
+		return now
+	}
+	return toAddr(first)
 }
 
 func addrText(a connectAddr) string {

@@ -31,6 +31,7 @@ type Network struct {
 	// Primary4 and Primary6 are the first global address of a family, or one on
 	// lo or (IPv4) a link-local one if there is no other; zero if none.
 	Primary4, Primary6 netip.Addr
+	Global             []netip.Addr // those that may be the primary ones
 	// Routes are those of the main table.
 	Routes []Route
 	// Local are the prefixes of the local table, single addresses among them:
@@ -75,6 +76,7 @@ func (n *NetNS) Inspect() (Network, error) {
 		switch global := isGlobal(addr); {
 		case global && !names[a.LinkIndex].Lo && a.Scope == int(netlink.SCOPE_UNIVERSE):
 			out.addPrimary(addr)
+			out.Global = append(out.Global, addr)
 		case global || addr.Is4() && addr.IsLinkLocalUnicast():
 			other.addPrimary(addr)
 		}
