@@ -26,6 +26,17 @@ struct {
 	__type(value, struct pod_name);
 } pod_names SEC(".maps");
 
+/* What the plugin attached, so that DEL finds the namespace without its path and
+ * without the daemon. User space only. Full: ADD fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct attachment_key);
+	__type(value, struct attachment);
+} attachments SEC(".maps");
+
 /* The addresses of a pod. Written by user space from the namespace itself;
  * read by the connect hooks and, on kernels without ingress_ifindex, by
  * sk_lookup. Full: enrolment fails.

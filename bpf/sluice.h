@@ -107,6 +107,26 @@ struct pod_name {
 	char uid[40];
 };
 
+/* attachments: what the plugin attached -> the namespace it is about. The key is
+ * made of hashes: of the network's name, and of container and interface.
+ */
+struct attachment_key {
+	__u64 network;
+	__u8 interface[24];
+};
+
+enum attachment_flags {
+	ATTACHMENT_PROVISIONAL = 1 << 0, /* decided without the daemon, which is to judge again */
+};
+
+struct attachment {
+	__u64 cookie;
+	enum attachment_flags flags;
+	char network[64]; /* the names for people, cut where they are longer */
+	char container[72];
+	char interface[20];
+};
+
 enum own_kind {
 	OWN_ADDR = 1,
 	OWN_BROADCAST = 2, /* of one of its subnets: TCP connects to none */
@@ -301,6 +321,8 @@ struct stat_key {
 };
 
 _Static_assert(sizeof(struct pod) == 56, "pod");
+_Static_assert(sizeof(struct attachment_key) == 32, "attachment_key");
+_Static_assert(sizeof(struct attachment) == 168, "attachment");
 _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");

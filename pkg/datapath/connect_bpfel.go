@@ -18,6 +18,27 @@ type connectAddr struct {
 	B [16]uint8
 }
 
+type connectAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     connectAttachmentFlags
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type connectAttachmentFlags uint32
+
+const (
+	connectAttachmentFlagsATTACHMENT_PROVISIONAL connectAttachmentFlags = 1
+)
+
+type connectAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type connectBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -311,6 +332,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	connectMapAttachments        = "attachments"
 	connectMapBinders            = "binders"
 	connectMapCidrRules4         = "cidr_rules4"
 	connectMapCidrRules6         = "cidr_rules6"
@@ -394,6 +416,7 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -451,6 +474,7 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -479,6 +503,7 @@ type connectMaps struct {
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

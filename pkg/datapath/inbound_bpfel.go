@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type inboundAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type inboundAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type inboundBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -239,6 +254,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	inboundMapAttachments        = "attachments"
 	inboundMapBinders            = "binders"
 	inboundMapCidrRules4         = "cidr_rules4"
 	inboundMapCidrRules6         = "cidr_rules6"
@@ -320,6 +336,7 @@ type inboundProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type inboundMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -377,6 +394,7 @@ func (o *inboundObjects) Close() error {
 //
 // It can be passed to loadInboundObjects or ebpf.CollectionSpec.LoadAndAssign.
 type inboundMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -405,6 +423,7 @@ type inboundMaps struct {
 
 func (m *inboundMaps) Close() error {
 	return _InboundClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type namesAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type namesAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type namesBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -239,6 +254,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	namesMapAttachments    = "attachments"
 	namesMapBinders        = "binders"
 	namesMapCidrRules4     = "cidr_rules4"
 	namesMapCidrRules6     = "cidr_rules6"
@@ -321,6 +337,7 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -373,6 +390,7 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -401,6 +419,7 @@ type namesMaps struct {
 
 func (m *namesMaps) Close() error {
 	return _NamesClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

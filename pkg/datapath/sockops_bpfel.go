@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type sockopsAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type sockopsAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type sockopsBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -239,6 +254,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sockopsMapAttachments        = "attachments"
 	sockopsMapBinders            = "binders"
 	sockopsMapCidrRules4         = "cidr_rules4"
 	sockopsMapCidrRules6         = "cidr_rules6"
@@ -324,6 +340,7 @@ type sockopsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sockopsMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -381,6 +398,7 @@ func (o *sockopsObjects) Close() error {
 //
 // It can be passed to loadSockopsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sockopsMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -409,6 +427,7 @@ type sockopsMaps struct {
 
 func (m *sockopsMaps) Close() error {
 	return _SockopsClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type sockoptAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type sockoptAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type sockoptBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -239,6 +254,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sockoptMapAttachments        = "attachments"
 	sockoptMapBinders            = "binders"
 	sockoptMapCidrRules4         = "cidr_rules4"
 	sockoptMapCidrRules6         = "cidr_rules6"
@@ -320,6 +336,7 @@ type sockoptProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sockoptMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -377,6 +394,7 @@ func (o *sockoptObjects) Close() error {
 //
 // It can be passed to loadSockoptObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sockoptMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -405,6 +423,7 @@ type sockoptMaps struct {
 
 func (m *sockoptMaps) Close() error {
 	return _SockoptClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

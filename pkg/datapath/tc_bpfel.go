@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type tcAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type tcAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type tcBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -239,6 +254,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	tcMapAttachments        = "attachments"
 	tcMapBinders            = "binders"
 	tcMapCidrRules4         = "cidr_rules4"
 	tcMapCidrRules6         = "cidr_rules6"
@@ -322,6 +338,7 @@ type tcProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcMapSpecs struct {
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
@@ -379,6 +396,7 @@ func (o *tcObjects) Close() error {
 //
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcMaps struct {
+	Attachments    *ebpf.Map `ebpf:"attachments"`
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
@@ -407,6 +425,7 @@ type tcMaps struct {
 
 func (m *tcMaps) Close() error {
 	return _TcClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,

@@ -281,22 +281,6 @@ func ParseCIDRs(text string, star bool) (CIDRs, error) {
 	return out, nil
 }
 
-// ParseInterfaces reads a comma-separated list of interface names.
-func ParseInterfaces(text string) ([]string, error) {
-	var out []string
-	if strings.TrimSpace(text) == "" {
-		return nil, nil
-	}
-	for name := range strings.SplitSeq(text, ",") {
-		name = strings.TrimSpace(name)
-		if err := CheckInterface(name); err != nil {
-			return nil, err
-		}
-		out = append(out, name)
-	}
-	return out, nil
-}
-
 // ParseID reads a UID or GID. 4294967295 is no ID (it means "unchanged").
 func ParseID(text string) (uint32, error) {
 	id, err := strconv.ParseUint(text, 10, 32)
