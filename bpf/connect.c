@@ -55,8 +55,8 @@ static __always_inline __be32 spread4(const struct addr *dst, __u16 port)
  * MPTCP) ask the kernel; the source port 0 tells our own sk_lookup program that
  * this is a question, not a packet.
  */
-static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const struct pod *pod,
-					     __u16 port)
+static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, __u64 cookie,
+					     const struct pod *pod, __u16 port)
 {
 	struct bpf_sock_tuple tuple = {
 		.ipv4 = { .daddr = bpf_htonl(SPREAD4 | 1), .dport = bpf_htons(port) },
@@ -64,7 +64,7 @@ static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const st
 	struct bpf_sock *sk;
 	bool yes = false;
 
-	if (pod->flags & (port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE))
+	if (is_fact(cookie, assignable(pod, port)))
 		return true;
 	sk = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
@@ -208,7 +208,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		to->port = port_of(pod, reason);
 		/* The DNS proxy listens on 127.0.0.1, and has few connections. */
 		anywhere = addr_is4(dst) && reason != CAPTURED_DNS &&
-			   accepts_anywhere(ctx, pod, to->port);
+			   accepts_anywhere(ctx, cookie, pod, to->port);
 		if (anywhere && addr_is_any(&call.src) && by_target(sk, cookie, dst, dport, to)) {
 			count(cookie, reason);
 			return REWRITE;

@@ -85,8 +85,6 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 					 const struct pod *pod, const struct addr *local,
 					 const struct addr *remote)
 {
-	__u32 assignable;
-
 	if (!is_capture_port(pod, ctx->local_port))
 		return SK_PASS;
 	if (!announced(ctx, this->cookie, local, remote)) {
@@ -96,8 +94,7 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 	if (assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_TO_ALL) ||
 	    assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_ON_LOOPBACK))
 		return SK_PASS;
-	assignable = ctx->local_port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
-	if (addr_is4(local) && pod->flags & assignable) {
+	if (addr_is4(local) && is_fact(this->cookie, assignable(pod, ctx->local_port))) {
 		count_packet(this, REFUSED_NO_LISTENER); /* not to a stranger in its place */
 		return SK_DROP;
 	}

@@ -17,6 +17,18 @@ struct {
 	__type(value, struct pod);
 } pods SEC(".maps");
 
+/* What is found out of the pods. Written by user space at enrolment and by
+ * sockops as the proxy listens; read by connect and sk_lookup. Full: the pod is
+ * not enrolled; sockops' facts cost a lookup per connect where they are missing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct pod_fact_key);
+	__type(value, __u32); /* says nothing */
+} pod_facts SEC(".maps");
+
 /* Names of enrolled pods, for people. User space only. Full: as pods. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

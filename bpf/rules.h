@@ -7,6 +7,7 @@
 
 #include <linux/in.h>
 #include "addr.h"
+#include "config.h"
 #include "maps.h"
 
 #define PORT_HBONE 15008 /* the mesh's own tunnel: never captured */
@@ -53,6 +54,32 @@ static __always_inline __u32 proxy_flags(__u32 rules_id, __u32 uid, __u32 gid)
 		struct binder *b_ = bpf_sk_storage_get(&binders, (sk), 0, 0); \
 		b_ &&proxy_flags((pod)->rules_id, b_->uid, b_->gid);          \
 	})
+
+/* What user space noted of an MPTCP socket stands on the msk, not on the subflow
+ * that listens.
+ */
+static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *pod)
+{
+	struct mptcp_sock *msk;
+
+	if (!have_mptcp_sock || bpf_sk_storage_get(&binders, sk, 0, 0))
+		return BOUND_BY_PROXY(sk, pod);
+	msk = bpf_skc_to_mptcp_sock(sk);
+	return msk && BOUND_BY_PROXY(msk, pod);
+}
+
+static __always_inline bool is_fact(__u64 cookie, enum pod_fact fact)
+{
+	struct pod_fact_key key = { .cookie = cookie, .fact = fact };
+
+	return bpf_map_lookup_elem(&pod_facts, &key);
+}
+
+/* Of one of the two capture ports. */
+static __always_inline enum pod_fact assignable(const struct pod *pod, __u16 port)
+{
+	return port == pod->out_port ? FACT_OUT_ASSIGNABLE : FACT_IN_ASSIGNABLE;
+}
 
 /* What the ranges say of an address; 0: they do not hold it. RULE_DIRECT is
  * said by an exclude only.
@@ -169,9 +196,9 @@ static __always_inline bool owner_is_direct(const struct pod *pod, __u32 gid)
 }
 
 /* In proxy-ready mode, before the proxy has listened. */
-static __always_inline bool goes_without(const struct pod *pod)
+static __always_inline bool goes_without(const struct pod *pod, __u64 cookie)
 {
-	return (pod->flags & (POD_WHEN_READY | POD_READY)) == POD_WHEN_READY;
+	return pod->flags & POD_WHEN_READY && is_fact(cookie, FACT_WAITING);
 }
 
 /* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
@@ -218,7 +245,7 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	if (owner_is_direct(pod, gid))
 		return DIRECT_OWNER_GROUP; /* O9 */
 	if (dns)
-		return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_DNS; /* O10 */
+		return goes_without(pod, c->cookie) ? DIRECT_NOT_READY : CAPTURED_DNS; /* O10 */
 	if (lo)
 		return DIRECT_LOOPBACK; /* O11 */
 	by_address = cidr_rule(pod, &c->dst);
@@ -227,7 +254,7 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	if (by_port != RULE_CAPTURE && by_address != RULE_CAPTURE &&
 	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
 		return DIRECT_CIDR;
-	return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
+	return goes_without(pod, c->cookie) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
 }
 
 /* Inbound: is a connection to this port of the pod the proxy's? */

@@ -69,21 +69,36 @@ enum pod_flags {
 	POD_TCX = 1 << 10, /* TC programs by TCX link, otherwise by clsact filter */
 	POD_ADDED_SOURCE6 = 1 << 11, /* enrolment added ::6 to lo */
 	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
-	/* set and cleared by sockops and user space as the proxy listens: an IPv4
-	 * listener of its on that port is, or was, in listeners, so that sk_lookup
-	 * can give it what is sent to any loopback address
-	 */
-	POD_OUT_ASSIGNABLE = 1 << 8,
-	POD_IN_ASSIGNABLE = 1 << 9,
 	POD_DNS = 1 << 12, /* port 53 goes to dns_port */
 	POD_HAS_OWNERS = 1 << 13, /* proxy_ids has owner groups for rules_id */
 	POD_OWNERS_DIRECT = 1 << 14, /* verdict of a group that is not among them */
 	POD_HAS_INTERFACES = 1 << 15, /* interfaces and routes have entries of the pod */
 	POD_WHEN_READY = 1 << 16, /* capture outbound only once the proxy has listened */
-	POD_READY = 1 << 17, /* it has; set by sockops and user space, never cleared */
 	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
 	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
 	POD_HAS_LOCALS = 1 << 20, /* routes has local prefixes of the pod */
+};
+
+/* pod_facts: what is found out of a pod while it runs, by sockops and by user
+ * space. Each is an entry of its own that is there or not, so that no writer
+ * undoes what another one has noted meanwhile; user space alone writes pods.
+ */
+enum pod_fact {
+	/* The proxy has never listened on the outbound port. Made at the first
+	 * enrolment, never again: without it a connection is captured.
+	 */
+	FACT_WAITING = 1,
+	/* An IPv4 listener of the proxy's on that port is, or was, in listeners, so
+	 * that sk_lookup can give it what is sent to any loopback address.
+	 */
+	FACT_OUT_ASSIGNABLE,
+	FACT_IN_ASSIGNABLE,
+};
+
+struct pod_fact_key {
+	__u64 cookie;
+	enum pod_fact fact;
+	__u32 pad;
 };
 
 /* pods: netns cookie -> pod */
@@ -323,6 +338,7 @@ struct stat_key {
 _Static_assert(sizeof(struct pod) == 56, "pod");
 _Static_assert(sizeof(struct attachment_key) == 32, "attachment_key");
 _Static_assert(sizeof(struct attachment) == 168, "attachment");
+_Static_assert(sizeof(struct pod_fact_key) == 16, "pod_fact_key");
 _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");

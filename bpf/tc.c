@@ -201,19 +201,6 @@ int guard(struct __sk_buff *skb)
 	return TC_ACT_SHOT;
 }
 
-/* What user space noted of an MPTCP listener stands on the msk, not on the
- * subflow that listens.
- */
-static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *pod)
-{
-	struct mptcp_sock *msk;
-
-	if (!have_mptcp_sock || bpf_sk_storage_get(&binders, sk, 0, 0))
-		return BOUND_BY_PROXY(sk, pod);
-	msk = bpf_skc_to_mptcp_sock(sk);
-	return msk && BOUND_BY_PROXY(msk, pod);
-}
-
 /* Is this packet somebody's already? The kernel's own answer, our sk_lookup
  * program included, which counts nothing meanwhile: an open connection, a
  * handshake, or the proxy's listener. Not another listener: that is the app's,

@@ -20,6 +20,7 @@ type enrollFlags struct {
 	annotations []string
 	uids, gids  []string
 	inbound, tc string
+	capture     string
 	noGuard     bool
 }
 
@@ -63,6 +64,7 @@ are seen by "sluicectl watch", or once by "sluicectl refresh".`,
 	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of --pod, --annotation, --proxy-uid and --proxy-gid")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
+	fl.StringVar(&f.capture, "capture", string(rules.Always), "since when outbound is captured: always, or proxy-ready (direct until the proxy listens, for init containers)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd
@@ -107,8 +109,13 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	cmd.Printf("%s %s (cookie %d, inbound by %s).\n", f.netns, what, done.Cookie, done.Inbound)
 	if done.Listeners > 0 {
 		cmd.Printf("  The proxy was running: %d of its listeners are known.\n", done.Listeners)
+	} else if !done.Already && pod.Rules.From == rules.ProxyReady {
+		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, outbound connections go direct and inbound ones are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
 	} else if !done.Already {
 		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, connections are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
+	}
+	if done.UserNS {
+		cmd.Println("  It has a user namespace of its own: \"sluicectl rules\" shows its IDs as the machine's.")
 	}
 	if done.Before > 0 {
 		cmd.Printf("  %d connections were being opened before: they go on unredirected.\n", done.Before)
@@ -158,6 +165,9 @@ func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
 	}
 	if base.ProxyGIDs, err = parseIDs(f.gids, base.ProxyGIDs); err != nil {
 		return none, fmt.Errorf("--proxy-gid: %w", err)
+	}
+	if base.From, err = rules.ParseFrom(f.capture); err != nil {
+		return none, fmt.Errorf("--capture: %w", err)
 	}
 	annotations := map[string]string{}
 	for _, text := range f.annotations {

@@ -112,7 +112,6 @@ func refuseUnsupported(r rules.Rules) error {
 		{"interception mode TPROXY", r.Mode == rules.TProxy},
 		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
 		{"DNS capture", r.DNS},
-		{mesh.AnnotationCapture + "=" + string(rules.ProxyReady), r.From == rules.ProxyReady},
 	} {
 		if u.used {
 			return fmt.Errorf("%s is not supported yet: remove it", u.what)

@@ -148,6 +148,21 @@ type connectPod struct {
 	LoopbackMask uint32
 }
 
+type connectPodFact uint32
+
+const (
+	connectPodFactFACT_WAITING        connectPodFact = 1
+	connectPodFactFACT_OUT_ASSIGNABLE connectPodFact = 2
+	connectPodFactFACT_IN_ASSIGNABLE  connectPodFact = 3
+)
+
+type connectPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   connectPodFact
+	Pad    uint32
+}
+
 type connectPodFlags uint32
 
 const (
@@ -161,14 +176,11 @@ const (
 	connectPodFlagsPOD_TCX                 connectPodFlags = 1024
 	connectPodFlagsPOD_ADDED_SOURCE6       connectPodFlags = 2048
 	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
-	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
-	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512
 	connectPodFlagsPOD_DNS                 connectPodFlags = 4096
 	connectPodFlagsPOD_HAS_OWNERS          connectPodFlags = 8192
 	connectPodFlagsPOD_OWNERS_DIRECT       connectPodFlags = 16384
 	connectPodFlagsPOD_HAS_INTERFACES      connectPodFlags = 32768
 	connectPodFlagsPOD_WHEN_READY          connectPodFlags = 65536
-	connectPodFlagsPOD_READY               connectPodFlags = 131072
 	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
 	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
 	connectPodFlagsPOD_HAS_LOCALS          connectPodFlags = 1048576
@@ -343,6 +355,7 @@ const (
 	connectMapListeners          = "listeners"
 	connectMapOrigDst            = "orig_dst"
 	connectMapOwnAddrs           = "own_addrs"
+	connectMapPodFacts           = "pod_facts"
 	connectMapPodInbound         = "pod_inbound"
 	connectMapPodNames           = "pod_names"
 	connectMapPodTc              = "pod_tc"
@@ -427,6 +440,7 @@ type connectMapSpecs struct {
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
 	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
 	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
@@ -485,6 +499,7 @@ type connectMaps struct {
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
 	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames       *ebpf.Map `ebpf:"pod_names"`
 	PodTc          *ebpf.Map `ebpf:"pod_tc"`
@@ -514,6 +529,7 @@ func (m *connectMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,

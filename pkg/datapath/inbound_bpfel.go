@@ -130,6 +130,13 @@ type inboundPod struct {
 	LoopbackMask uint32
 }
 
+type inboundPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   uint32
+	Pad    uint32
+}
+
 type inboundPodName struct {
 	_         structs.HostLayout
 	Namespace [64]int8
@@ -265,6 +272,7 @@ const (
 	inboundMapListeners          = "listeners"
 	inboundMapOrigDst            = "orig_dst"
 	inboundMapOwnAddrs           = "own_addrs"
+	inboundMapPodFacts           = "pod_facts"
 	inboundMapPodInbound         = "pod_inbound"
 	inboundMapPodNames           = "pod_names"
 	inboundMapPodTc              = "pod_tc"
@@ -347,6 +355,7 @@ type inboundMapSpecs struct {
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
 	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
 	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
@@ -405,6 +414,7 @@ type inboundMaps struct {
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
 	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames       *ebpf.Map `ebpf:"pod_names"`
 	PodTc          *ebpf.Map `ebpf:"pod_tc"`
@@ -434,6 +444,7 @@ func (m *inboundMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,

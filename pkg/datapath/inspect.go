@@ -25,6 +25,7 @@ type PodInfo struct {
 	OutPort   uint16     `json:"outboundPort"`
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
+	Capture   Capture    `json:"capture"`
 	TC        TCAttach   `json:"tc"`
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
@@ -51,6 +52,7 @@ type StatInfo struct {
 // Pods lists the enrolled pods by namespace, name and cookie.
 func (d *Datapath) Pods() ([]PodInfo, error) {
 	out := []PodInfo{}
+	var errs error
 	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
@@ -60,6 +62,9 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
 		}
+		var err error
+		info.Capture, err = d.captureOf(cookie, p.Flags)
+		errs = errors.Join(errs, err)
 		var name connectPodName
 		if d.maps["pod_names"].Lookup(cookie, &name) == nil {
 			info.Namespace, info.Name, info.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
@@ -90,7 +95,7 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	slices.SortFunc(out, func(a, b PodInfo) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Cookie, b.Cookie))
 	})
-	return out, errors.Join(err1, err2)
+	return out, errors.Join(errs, err1, err2)
 }
 
 // Rules lists the entries of every rule set.

@@ -130,6 +130,13 @@ type namesPod struct {
 	LoopbackMask uint32
 }
 
+type namesPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   uint32
+	Pad    uint32
+}
+
 type namesPodName struct {
 	_         structs.HostLayout
 	Namespace [64]int8
@@ -254,35 +261,41 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	namesMapAttachments    = "attachments"
-	namesMapBinders        = "binders"
-	namesMapCidrRules4     = "cidr_rules4"
-	namesMapCidrRules6     = "cidr_rules6"
-	namesMapHandshakeUse   = "handshake_use"
-	namesMapHandshakes     = "handshakes"
-	namesMapInterfaceNames = "interface_names"
-	namesMapInterfaces     = "interfaces"
-	namesMapListeners      = "listeners"
-	namesMapOrigDst        = "orig_dst"
-	namesMapOwnAddrs       = "own_addrs"
-	namesMapPodInbound     = "pod_inbound"
-	namesMapPodNames       = "pod_names"
-	namesMapPodTc          = "pod_tc"
-	namesMapPods           = "pods"
-	namesMapPortRules      = "port_rules"
-	namesMapProxyIds       = "proxy_ids"
-	namesMapRoutes4        = "routes4"
-	namesMapRoutes6        = "routes6"
-	namesMapRuleSets       = "rule_sets"
-	namesMapScratch        = "scratch"
-	namesMapStats          = "stats"
-	namesMapTargetIndex    = "target_index"
-	namesMapTargetUse      = "target_use"
-	namesMapTargets        = "targets"
-	namesProgGetpeername4  = "getpeername4"
-	namesProgGetpeername6  = "getpeername6"
-	namesProgGetsockname4  = "getsockname4"
-	namesProgGetsockname6  = "getsockname6"
+	namesMapAttachments        = "attachments"
+	namesMapBinders            = "binders"
+	namesMapCidrRules4         = "cidr_rules4"
+	namesMapCidrRules6         = "cidr_rules6"
+	namesMapHandshakeUse       = "handshake_use"
+	namesMapHandshakes         = "handshakes"
+	namesMapInterfaceNames     = "interface_names"
+	namesMapInterfaces         = "interfaces"
+	namesMapListeners          = "listeners"
+	namesMapOrigDst            = "orig_dst"
+	namesMapOwnAddrs           = "own_addrs"
+	namesMapPodFacts           = "pod_facts"
+	namesMapPodInbound         = "pod_inbound"
+	namesMapPodNames           = "pod_names"
+	namesMapPodTc              = "pod_tc"
+	namesMapPods               = "pods"
+	namesMapPortRules          = "port_rules"
+	namesMapProxyIds           = "proxy_ids"
+	namesMapRoutes4            = "routes4"
+	namesMapRoutes6            = "routes6"
+	namesMapRuleSets           = "rule_sets"
+	namesMapScratch            = "scratch"
+	namesMapStats              = "stats"
+	namesMapTargetIndex        = "target_index"
+	namesMapTargetUse          = "target_use"
+	namesMapTargets            = "targets"
+	namesProgGetpeername4      = "getpeername4"
+	namesProgGetpeername6      = "getpeername6"
+	namesProgGetsockname4      = "getsockname4"
+	namesProgGetsockname6      = "getsockname6"
+	namesVarHandshakeShare     = "handshake_share"
+	namesVarHaveIngressIfindex = "have_ingress_ifindex"
+	namesVarHaveMptcpSock      = "have_mptcp_sock"
+	namesVarHaveSetRetval      = "have_set_retval"
+	namesVarTargetShare        = "target_share"
 )
 
 // loadNames returns the embedded CollectionSpec for names.
@@ -348,6 +361,7 @@ type namesMapSpecs struct {
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
 	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
 	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
@@ -368,6 +382,11 @@ type namesMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesVariableSpecs struct {
+	HandshakeShare     *ebpf.VariableSpec `ebpf:"handshake_share"`
+	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
+	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
+	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // namesObjects contains all objects after they have been loaded into the kernel.
@@ -401,6 +420,7 @@ type namesMaps struct {
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
 	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames       *ebpf.Map `ebpf:"pod_names"`
 	PodTc          *ebpf.Map `ebpf:"pod_tc"`
@@ -430,6 +450,7 @@ func (m *namesMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,
@@ -451,6 +472,11 @@ func (m *namesMaps) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesVariables struct {
+	HandshakeShare     *ebpf.Variable `ebpf:"handshake_share"`
+	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
+	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
+	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // namesPrograms contains all programs after they have been loaded into the kernel.

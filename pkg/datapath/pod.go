@@ -14,8 +14,8 @@ import (
 
 // Pod is what Enroll needs to know of a pod.
 type Pod struct {
-	Namespace, Name, UID string // for people; may be empty
-	Rules                rules.Rules
+	Namespace, Name, UID string      // for people; may be empty
+	Rules                rules.Rules // with the IDs that the pod sees
 	Inbound              Inbound
 	NoGuard              bool     // leave the TC egress guard out
 	TC                   TCAttach // empty: TCAuto
@@ -28,6 +28,7 @@ type Enrolment struct {
 	Listeners int  // sockets of the proxy that were open already
 	Before    int  // connections whose SYN was out already: they stay as they are
 	Inbound   Inbound
+	UserNS    bool     // the pod has a user namespace: its IDs were translated
 	Notes     []string // what a person should know
 
 	addedSource6 bool // ::6 was added to lo, and a failure must remove it
@@ -47,7 +48,13 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err != nil {
 		return Enrolment{}, err
 	}
-	pod.Rules = normal
+	ids, err := ns.IDs()
+	if err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s, for its proxy would not be known: %w", ns.Path(), err)
+	}
+	if pod.Rules, err = normal.Translate(ids.UID, ids.GID); err != nil {
+		return Enrolment{}, err
+	}
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
 	}
@@ -71,7 +78,7 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	}
 
 	var before connectPod
-	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
+	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound, UserNS: ids.Own()}
 	if out.Already && (pod.TC == "" || pod.TC == TCAuto) {
 		pod.TC = before.tcAttach() // it keeps the way that it has
 	}
@@ -126,6 +133,8 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if out.Already {
 		value.Flags |= d.lasting(cookie)
+	} else if err := d.addFact(cookie, connectPodFactFACT_WAITING); err != nil {
+		return err // whatever the mode: it may change, and is then right
 	}
 	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
@@ -149,14 +158,14 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
-	runs, err := d.collect(ns, pod, out)
+	runs, err := d.collect(ns, value, out)
 	if err != nil {
 		return err
 	}
 	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
-		if err := d.setFlag(cookie, connectPodFlagsPOD_TCX); err != nil {
-			return err
+		if err := d.maps["pods"].Put(cookie, value); err != nil {
+			return tableError("pods", err)
 		}
 	}
 	return d.attachPod(ns, network, entries, value.Flags, out.Already)
@@ -223,7 +232,7 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
-	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
+	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
@@ -271,7 +280,7 @@ func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 	if d.maps["pods"].Lookup(cookie, &p) != nil {
 		return 0
 	}
-	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE | connectPodFlagsPOD_ADDED_SOURCE6)
+	return p.Flags & connectPodFlagsPOD_ADDED_SOURCE6
 }
 
 // proxySource6 is what a proxy binds as its source when it calls the app over

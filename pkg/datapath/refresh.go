@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
@@ -159,9 +158,8 @@ func (d *Datapath) podName(cookie uint64) string {
 	return text(name.Namespace[:]) + "/" + text(name.Name[:])
 }
 
-// editPod changes a pod's entry, if there is anything to change. A flag that
-// sockops sets in the old entry meanwhile is lost; those of listeners that are
-// there are set again.
+// editPod changes a pod's entry, if there is anything to change. No program
+// writes it, and user space holds the lock.
 func (d *Datapath) editPod(cookie uint64, edit func(*connectPod)) error {
 	var before connectPod
 	if err := d.maps["pods"].Lookup(cookie, &before); err != nil {
@@ -175,27 +173,7 @@ func (d *Datapath) editPod(cookie uint64, edit func(*connectPod)) error {
 	if err := d.maps["pods"].Update(cookie, after, ebpf.UpdateExist); err != nil {
 		return fmt.Errorf("change the pod's entry: %w", err)
 	}
-	flags := after.Flags | d.listening(cookie, after)
-	if flags == after.Flags {
-		return nil
-	}
-	return d.setFlag(cookie, flags)
-}
-
-// listening are the flags that follow from the proxy's listeners.
-func (d *Datapath) listening(cookie uint64, p connectPod) (flags connectPodFlags) {
-	for port, flag := range map[uint16]connectPodFlags{p.OutPort: connectPodFlagsPOD_OUT_ASSIGNABLE, p.InPort: connectPodFlagsPOD_IN_ASSIGNABLE} {
-		for slot := range listenerSlots {
-			for _, scope := range []connectListenerScope{connectListenerScopeLISTENS_TO_ALL, connectListenerScopeLISTENS_ON_LOOPBACK} {
-				key := connectListenerKey{Cookie: cookie, Port: port, Family: unix.AF_INET, Slot: uint8(slot), Scope: scope}
-				var socket uint64
-				if d.maps["listeners"].Lookup(key, &socket) == nil {
-					flags |= flag
-				}
-			}
-		}
-	}
-	return flags
+	return nil
 }
 
 // Cookies lists the enrolled pods.

@@ -130,6 +130,13 @@ type sockopsPod struct {
 	LoopbackMask uint32
 }
 
+type sockopsPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   uint32
+	Pad    uint32
+}
+
 type sockopsPodName struct {
 	_         structs.HostLayout
 	Namespace [64]int8
@@ -265,6 +272,7 @@ const (
 	sockopsMapListeners          = "listeners"
 	sockopsMapOrigDst            = "orig_dst"
 	sockopsMapOwnAddrs           = "own_addrs"
+	sockopsMapPodFacts           = "pod_facts"
 	sockopsMapPodInbound         = "pod_inbound"
 	sockopsMapPodNames           = "pod_names"
 	sockopsMapPodTc              = "pod_tc"
@@ -351,6 +359,7 @@ type sockopsMapSpecs struct {
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
 	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
 	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
@@ -409,6 +418,7 @@ type sockopsMaps struct {
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
 	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames       *ebpf.Map `ebpf:"pod_names"`
 	PodTc          *ebpf.Map `ebpf:"pod_tc"`
@@ -438,6 +448,7 @@ func (m *sockopsMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,

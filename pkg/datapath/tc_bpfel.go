@@ -130,6 +130,13 @@ type tcPod struct {
 	LoopbackMask uint32
 }
 
+type tcPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   uint32
+	Pad    uint32
+}
+
 type tcPodName struct {
 	_         structs.HostLayout
 	Namespace [64]int8
@@ -265,6 +272,7 @@ const (
 	tcMapListeners          = "listeners"
 	tcMapOrigDst            = "orig_dst"
 	tcMapOwnAddrs           = "own_addrs"
+	tcMapPodFacts           = "pod_facts"
 	tcMapPodInbound         = "pod_inbound"
 	tcMapPodNames           = "pod_names"
 	tcMapPodTc              = "pod_tc"
@@ -349,6 +357,7 @@ type tcMapSpecs struct {
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
 	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
 	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
 	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
@@ -407,6 +416,7 @@ type tcMaps struct {
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
 	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
 	PodNames       *ebpf.Map `ebpf:"pod_names"`
 	PodTc          *ebpf.Map `ebpf:"pod_tc"`
@@ -436,6 +446,7 @@ func (m *tcMaps) Close() error {
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,

@@ -84,7 +84,7 @@ var settings = []setting{
 		return err
 	}},
 	{AnnotationCapture, func(r *rules.Rules, value string) (err error) {
-		r.From, err = parseFrom(value)
+		r.From, err = rules.ParseFrom(value)
 		return err
 	}},
 }

@@ -106,7 +106,7 @@ var badRows = []struct{ name, key, value, says string }{
 	{"an old interface", "traffic.sidecar.istio.io/kubevirtInterfaces", "0tap", "of which the first is a letter"},
 	{"a mode in small letters", "sidecar.istio.io/interceptionMode", "redirect", "give REDIRECT, TPROXY or NONE"},
 	{"an empty mode", "sidecar.istio.io/interceptionMode", "", "give REDIRECT, TPROXY or NONE"},
-	{"another time of capture", "sluice.dev/capture", "never", "give always or proxy-ready"},
+	{"another time of capture", "sluice.dev/capture", "never", "choose always or proxy-ready"},
 	{"no YAML", "proxy.istio.io/config", "{", "not a ProxyConfig in YAML"},
 	{"a list", "proxy.istio.io/config", "[a]", "not a ProxyConfig in YAML"},
 	{"metadata that is none", "proxy.istio.io/config", "proxyMetadata: {a: [b]}", "with strings in proxyMetadata"},

@@ -28,14 +28,6 @@ func parseMode(text string) (mode rules.Mode, none bool, err error) {
 	return "", false, errors.New("not an interception mode: give REDIRECT, TPROXY or NONE")
 }
 
-func parseFrom(text string) (rules.From, error) {
-	switch text {
-	case string(rules.Always), string(rules.ProxyReady):
-		return rules.From(text), nil
-	}
-	return "", fmt.Errorf("this does not say since when to capture: give %s or %s", rules.Always, rules.ProxyReady)
-}
-
 // parsePort reads one port, of which 0 means none.
 func parsePort(text string) (uint16, error) {
 	port, err := strconv.ParseUint(strings.TrimSpace(text), 10, 16)

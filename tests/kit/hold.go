@@ -17,6 +17,9 @@ const holdEnv = "SLUICE_TEST_HOLD"
 // HoldAndExit ends this process, if it was started by Hold, with its standard
 // input. Main calls it; call it first in a TestMain that does more.
 func HoldAndExit() {
+	if os.Getenv(insideEnv) != "" {
+		serveInside()
+	}
 	if os.Getenv(holdEnv) == "" {
 		return
 	}
