@@ -33,6 +33,11 @@ func networkOf(network netns.Network, names map[string]connectInterfaceKind) pod
 		out.own[toAddr(a)] = connectOwnKindOWN_ADDR
 	}
 	out.routes = compileRoutes(network, out.interfaces, len(names) > 0)
+	for p := range out.routes { // IPv6 addresses of lo have one
+		if p.IsSingleIP() && out.own[toAddr(p.Addr())] == connectOwnKindOWN_ADDR {
+			delete(out.routes, p) // own_addrs is asked first
+		}
+	}
 	return out
 }
 

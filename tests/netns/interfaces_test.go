@@ -245,46 +245,70 @@ func TestTheGuardOfExcludedInterfaces(t *testing.T) {
 	}
 }
 
-// What leaves through a VLAN passes the interface below it, and its guard.
-func TestAnExcludedVLANOnAnInterfaceWithAGuard(t *testing.T) {
+// What leaves through an interface that stands upon another passes that one as
+// well, and its guard.
+func TestAnExcludedInterfaceUponOneWithAGuard(t *testing.T) {
 	d := kit.Datapath(t)
-	w := newTown(t)
-	pod4, far4 := netip.MustParsePrefix("10.96.0.2/24"), netip.MustParsePrefix("10.96.0.1/24")
-	for ns, address := range map[*kit.NS]netip.Prefix{w.NS: pod4, w.Far: far4} {
-		ok := true
-		ns.Netlink(func(h *netlink.Handle) error {
-			below, err := h.LinkByName("eth0")
-			if err != nil {
-				return err
+	for _, kind := range []string{"macvlan", "bridge"} {
+		t.Run(kind, func(t *testing.T) {
+			w := newTown(t)
+			w.Far.AddAddr("eth0", netip.MustParsePrefix("10.96.0.1/24"))
+			pod, far, link := netip.MustParsePrefix("10.96.0.2/24"), netip.MustParseAddr("10.96.0.1"), "over"
+			if kind == "bridge" {
+				wireSecond(w.Pod) // its address moves to the bridge, as it were
+				w.Far.AddAddr("eth1", netip.MustParsePrefix("10.95.0.1/24"))
+				pod, far = netip.MustParsePrefix("10.95.0.2/24"), netip.MustParseAddr("10.95.0.1")
 			}
-			vlan := &netlink.Vlan{LinkAttrs: netlink.LinkAttrs{Name: "eth0.100", ParentIndex: below.Attrs().Index}, VlanId: 100}
-			if err := h.LinkAdd(vlan); errors.Is(err, unix.EOPNOTSUPP) {
-				ok = false
-				return nil
-			} else if err != nil {
-				return err
+			upon(t, w, kind, link)
+			w.AddAddr(link, pod)
+			if got := w.goes(t, kit.App, ap(far, 80)); got != toServer {
+				t.Fatalf("without Sluice it goes to %s", got)
 			}
-			return h.LinkSetUp(vlan)
+			w.Enroll(d)
+			if got := w.goes(t, kit.App, ap(far, 80)); got != toOutbound {
+				t.Errorf("enrolled, it goes to %s", got)
+			}
+			w.Enroll(d, exclude(link))
+			if got := w.goes(t, kit.App, ap(far, 80)); got != toServer {
+				t.Errorf("excluded, it goes to %s", got)
+			}
+			if got := w.goes(t, kit.App, ap(kit.Far4, 80)); got != toOutbound {
+				t.Errorf("what leaves by eth0 goes to %s", got)
+			}
 		})
-		if !ok {
-			t.Skip("this kernel has no VLAN interfaces")
+	}
+}
+
+// upon adds a macvlan upon eth0, or a bridge with eth1.
+func upon(t *testing.T, w *town, kind, name string) {
+	t.Helper()
+	w.Netlink(func(h *netlink.Handle) error {
+		attributes := netlink.LinkAttrs{Name: name}
+		if kind == "bridge" {
+			port, err := h.LinkByName("eth1")
+			bridge := &netlink.Bridge{LinkAttrs: attributes}
+			if err == nil {
+				err = h.LinkAdd(bridge)
+			}
+			if err == nil {
+				err = h.LinkSetMaster(port, bridge)
+			}
+			if err == nil {
+				err = h.LinkSetUp(bridge)
+			}
+			return err
 		}
-		ns.AddAddr("eth0.100", address)
-	}
-	if got := w.goes(t, kit.App, ap(far4.Addr(), 80)); got != toServer {
-		t.Fatalf("without Sluice it goes to %s", got)
-	}
-	w.Enroll(d)
-	if got := w.goes(t, kit.App, ap(far4.Addr(), 80)); got != toOutbound {
-		t.Errorf("enrolled, it goes to %s", got)
-	}
-	w.Enroll(d, exclude("eth0.100"))
-	if got := w.goes(t, kit.App, ap(far4.Addr(), 80)); got != toServer {
-		t.Errorf("excluded, it goes to %s", got)
-	}
-	if got := w.goes(t, kit.App, ap(kit.Far4, 80)); got != toOutbound {
-		t.Errorf("what leaves by eth0 goes to %s", got)
-	}
+		below, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		attributes.ParentIndex = below.Attrs().Index
+		above := &netlink.Macvlan{LinkAttrs: attributes, Mode: netlink.MACVLAN_MODE_BRIDGE}
+		if err := h.LinkAdd(above); err != nil {
+			return err
+		}
+		return h.LinkSetUp(above)
+	})
 }
 
 func TestEnrolWithAThousandRoutes(t *testing.T) {
