@@ -104,9 +104,21 @@ struct {
 	__type(value, enum rule_verdict);
 } cidr_rules6 SEC(".maps");
 
-/* The excluded and rerouted interfaces of the pods that have any. Written by
- * user space, kept current from the namespace; read by connect, sk_lookup and
- * TC. Full: enrolment fails.
+/* The interfaces that a pod's rules name, whether they are there or not: what
+ * user space needs to keep interfaces and routes current. User space only. Full:
+ * enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct interface_name);
+	__type(value, enum interface_kind);
+} interface_names SEC(".maps");
+
+/* The excluded and rerouted interfaces of the pods that have any, and those that
+ * carry excluded ones. Written by user space, kept current from the namespace;
+ * read by connect, sk_lookup and TC. Full: enrolment fails.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -116,9 +128,11 @@ struct {
 	__type(value, enum interface_kind);
 } interfaces SEC(".maps");
 
-/* The routing tables of the pods that exclude interfaces, for connect programs
- * may not ask the kernel's. Written by user space, kept current from the
- * namespace; read by connect. Full: enrolment fails.
+/* What the routing tables of pods that exclude interfaces say, for connect
+ * programs may not ask the kernel's; of other pods just the local prefixes.
+ * Routes that make no difference are left out. Written by user space, kept
+ * current from the namespace; read by connect, sk_lookup and TC. Full: enrolment
+ * fails, and a change of routes is not followed.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);

@@ -145,29 +145,45 @@ static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 if
 	return kind ? *kind : 0;
 }
 
-/* Would the kernel send it out through an excluded interface? */
-static __always_inline bool leaves_by_excluded(const struct call *c, bool local)
+/* By which kind of route an address is reached. 0: none says anything. */
+static __always_inline enum route_kind route_kind(const struct pod *pod, __u64 cookie,
+						  const struct addr *a)
 {
 	enum route_kind *kind;
 
+	if (!(pod->flags & (POD_HAS_INTERFACES | POD_HAS_LOCALS)))
+		return 0; /* most pods */
+	if (addr_is4(a)) {
+		struct route4_key key = { .prefixlen = 96, .cookie_low = cookie };
+
+		key.cookie_high = cookie >> 32;
+		__builtin_memcpy(key.addr, a->b + 12, 4);
+		kind = bpf_map_lookup_elem(&routes4, &key);
+	} else {
+		struct route6_key key = { .prefixlen = 192, .cookie_low = cookie };
+
+		key.cookie_high = cookie >> 32;
+		__builtin_memcpy(key.addr, a->b, 16);
+		kind = bpf_map_lookup_elem(&routes6, &key);
+	}
+	return kind ? *kind : 0;
+}
+
+/* Is it one of the pod's own addresses, by itself or in a local prefix? */
+static __always_inline bool is_own(const struct pod *pod, __u64 cookie, const struct addr *a)
+{
+	return own_addr(&own_addrs, cookie, a) || route_kind(pod, cookie, a) == ROUTE_LOCAL;
+}
+
+/* Would the kernel send it out through an excluded interface? */
+static __always_inline bool leaves_by_excluded(const struct call *c, bool local,
+					       enum route_kind route)
+{
 	if (local)
 		return interface_kind(c->cookie, LOOPBACK_IFINDEX) == INTERFACE_EXCLUDED;
 	if (c->ifindex)
 		return interface_kind(c->cookie, c->ifindex) == INTERFACE_EXCLUDED;
-	if (addr_is4(&c->dst)) {
-		struct route4_key key = { .prefixlen = 96, .cookie_low = c->cookie };
-
-		key.cookie_high = c->cookie >> 32;
-		__builtin_memcpy(key.addr, c->dst.b + 12, 4);
-		kind = bpf_map_lookup_elem(&routes4, &key);
-	} else {
-		struct route6_key key = { .prefixlen = 192, .cookie_low = c->cookie };
-
-		key.cookie_high = c->cookie >> 32;
-		__builtin_memcpy(key.addr, c->dst.b, 16);
-		kind = bpf_map_lookup_elem(&routes6, &key);
-	}
-	return kind && *kind == ROUTE_EXCLUDED;
+	return route == ROUTE_EXCLUDED;
 }
 
 static __always_inline bool owner_is_direct(const struct pod *pod, __u32 gid)
@@ -232,7 +248,8 @@ static __always_inline bool is_self_call(const struct pod *pod, const struct cal
 static __always_inline enum reason decide_out(const struct pod *pod, const struct call *c)
 {
 	enum own_kind own = own_kind(&own_addrs, c->cookie, &c->dst);
-	bool local = addr_is_loopback(&c->dst) || own == OWN_ADDR;
+	enum route_kind route = route_kind(pod, c->cookie, &c->dst);
+	bool local = addr_is_loopback(&c->dst) || own == OWN_ADDR || route == ROUTE_LOCAL;
 	bool dns = pod->flags & POD_DNS && c->port == PORT_DNS;
 	bool tcp = c->protocol == IPPROTO_TCP;
 	bool lo = is_lo_address(pod, &c->dst);
@@ -250,7 +267,7 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	gid = id >> 32;
 	if (tcp && local && is_for_client(pod, c) && proxy_flags(pod->rules_id, uid, gid))
 		return is_capture_port(pod, c->port) ? REFUSED_LOOP : DIRECT_PROXY_SOURCE;
-	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local))
+	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local, route))
 		return DIRECT_INTERFACE; /* O0 */
 	if (pod->flags & POD_OUT_HAS_PORTS)
 		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);

@@ -55,6 +55,7 @@ enum reason {
 	DIRECT_INTERFACE, /* through an excluded interface */
 	DIRECT_OWNER_GROUP, /* the caller's group is not one to capture */
 	DIRECT_NOT_READY, /* the proxy has not listened yet, and the pod may go without */
+	GUARD_OTHER_INTERFACE, /* direct for an excluded interface, and leaves by another */
 	REASON_MAX,
 };
 
@@ -76,6 +77,7 @@ enum pod_flags {
 	POD_WHEN_READY = 1 << 16, /* capture outbound only once the proxy has listened */
 	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
 	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
+	POD_HAS_LOCALS = 1 << 20, /* routes has local prefixes of the pod */
 };
 
 /* pod_facts: what is found out of a pod while it runs, by sockops and by user
@@ -198,6 +200,15 @@ struct interface_key {
 enum interface_kind {
 	INTERFACE_EXCLUDED = 1,
 	INTERFACE_REROUTED = 2,
+	INTERFACE_CARRIER = 3, /* an excluded one stands upon it: a VLAN, a bridge */
+};
+
+/* interface_names: which interfaces a pod's rules name, there or not. The value
+ * is an enum interface_kind.
+ */
+struct interface_name {
+	__u64 cookie;
+	char name[16];
 };
 
 /* routes: through which kind of interface a pod's destination is reached */
@@ -218,6 +229,7 @@ struct route6_key {
 enum route_kind {
 	ROUTE_OTHER = 1,
 	ROUTE_EXCLUDED = 2, /* out through an excluded interface */
+	ROUTE_LOCAL = 3, /* over lo: all of the prefix is the pod's own */
 };
 
 struct cidr4_key {
@@ -332,6 +344,7 @@ _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
 _Static_assert(sizeof(struct interface_key) == 16, "interface_key");
+_Static_assert(sizeof(struct interface_name) == 24, "interface_name");
 _Static_assert(sizeof(struct route4_key) == 16, "route4_key");
 _Static_assert(sizeof(struct route6_key) == 28, "route6_key");
 _Static_assert(sizeof(struct cidr4_key) == 12, "cidr4_key");

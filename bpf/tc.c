@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Called by the stubs on every interface of a pod but lo.
+/* Called by the stubs on every interface of a pod but lo and the excluded ones.
  *
  * guard (egress) stops a SYN that no connect hook has judged: it does not
  * decide rules again, it wants a verdict. tc_inbound (ingress, --inbound=tc)
@@ -149,13 +149,28 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p
 	return NOT_TCP;
 }
 
+/* A connection that was let go because it leaves by an excluded interface comes
+ * past no guard, unless that interface stands upon this one (or was excluded a
+ * moment ago). Otherwise the routes changed meanwhile, or are not those that we
+ * know of: stop it.
+ */
+static __always_inline bool leaves_here(const struct record *rec, __u64 cookie, __u32 ifindex)
+{
+	enum interface_kind kind;
+
+	if (rec->reason != DIRECT_INTERFACE)
+		return true;
+	kind = interface_kind(cookie, ifindex);
+	return kind == INTERFACE_CARRIER || kind == INTERFACE_EXCLUDED;
+}
+
 SEC("tc")
 int guard(struct __sk_buff *skb)
 {
 	struct scratch *this = this_cpu();
 	struct packet p = {};
 	struct bpf_sock *sk;
-	struct record *rec;
+	struct record *rec = 0;
 	enum parsed what;
 	__u64 cookie;
 
@@ -176,12 +191,13 @@ int guard(struct __sk_buff *skb)
 		return NEXT; /* forwarded for somebody behind the pod */
 	if (sk) {
 		rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-		if (rec && is_direct(rec->reason))
+		if (rec && is_direct(rec->reason) && leaves_here(rec, cookie, skb->ifindex))
 			return NEXT;
 	}
 	if (!bpf_map_lookup_elem(&pods, &cookie))
 		return NEXT; /* not enrolled any more: nobody gives verdicts */
-	count(cookie, GUARD_NO_VERDICT);
+	count(cookie,
+	      rec && rec->reason == DIRECT_INTERFACE ? GUARD_OTHER_INTERFACE : GUARD_NO_VERDICT);
 	return TC_ACT_SHOT;
 }
 
@@ -221,7 +237,7 @@ int tc_inbound(struct __sk_buff *skb)
 		return NEXT;
 	cookie = this->cookie;
 	pod = bpf_map_lookup_elem(&pods, &cookie);
-	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !own_addr(&own_addrs, cookie, &p.dst))
+	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !is_own(pod, cookie, &p.dst))
 		return NEXT;
 	if (addr_is4(&p.dst)) {
 		len = sizeof(tuple.ipv4);

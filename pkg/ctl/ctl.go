@@ -1,5 +1,5 @@
 // Package ctl is the command line of sluicectl. Noun commands (pods, rules,
-// stats, check) change nothing; verb commands (up, down, enroll, unenroll) do.
+// stats, check) change nothing; verb commands (up, down, enroll, unenroll, refresh, watch) do.
 package ctl
 
 import (
@@ -97,6 +97,7 @@ func newRoot(env Env) *cobra.Command {
   sluicectl enroll --netns NAME     capture a network namespace's connections
   sluicectl pods                    what is enrolled
   sluicectl stats                   what happened to connections, and why
+  sluicectl watch                   keep enrolled namespaces current as their addresses change
   sluicectl unenroll --netns NAME   leave the namespace alone again
   sluicectl down                    remove every trace
 
@@ -108,7 +109,7 @@ func newRoot(env Env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())
 	})
-	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
+	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newRefresh(c), newWatch(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
 	return root
 }
 

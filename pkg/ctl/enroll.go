@@ -40,12 +40,14 @@ The rules are Istio's annotations, for example
   traffic.sidecar.istio.io/excludeOutboundPorts      ports
   traffic.sidecar.istio.io/includeInboundPorts       "*", or ports
   traffic.sidecar.istio.io/excludeInboundPorts       ports; without effect beside an include list
+  traffic.sidecar.istio.io/excludeInterfaces         names; nothing is captured in or out through these
 all of which are in docs/rules.md. --manifest takes them, the proxy's identity
 and the pod's names from a pod's YAML or JSON, as the injector leaves it, and
 enrols it if it has a sidecar.
 
 Enrolling a namespace again changes its rules and repairs what is missing; open
-connections are left alone.`,
+connections are left alone. Addresses, routes and interfaces that change later
+are seen by "sluicectl watch", or once by "sluicectl refresh".`,
 		Example: `  sluicectl enroll --netns web
   sluicectl enroll --netns /proc/4711/ns/net --pod shop/cart-0 \
     --annotation traffic.sidecar.istio.io/excludeOutboundPorts=3306,6379

@@ -132,7 +132,6 @@ func refuseUnsupported(r rules.Rules) error {
 		what string
 		used bool
 	}{
-		{"excludeInterfaces", len(r.ExcludeInterfaces) > 0},
 		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
 		{"DNS capture", r.DNS},
 	} {

@@ -96,7 +96,14 @@ type connectInterfaceKind uint32
 const (
 	connectInterfaceKindINTERFACE_EXCLUDED connectInterfaceKind = 1
 	connectInterfaceKindINTERFACE_REROUTED connectInterfaceKind = 2
+	connectInterfaceKindINTERFACE_CARRIER  connectInterfaceKind = 3
 )
+
+type connectInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type connectListenerKey struct {
 	_      structs.HostLayout
@@ -176,6 +183,7 @@ const (
 	connectPodFlagsPOD_WHEN_READY          connectPodFlags = 65536
 	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
 	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
+	connectPodFlagsPOD_HAS_LOCALS          connectPodFlags = 1048576
 )
 
 type connectPodName struct {
@@ -233,7 +241,8 @@ const (
 	connectReasonDIRECT_INTERFACE      connectReason = 26
 	connectReasonDIRECT_OWNER_GROUP    connectReason = 27
 	connectReasonDIRECT_NOT_READY      connectReason = 28
-	connectReasonREASON_MAX            connectReason = 29
+	connectReasonGUARD_OTHER_INTERFACE connectReason = 29
+	connectReasonREASON_MAX            connectReason = 30
 )
 
 type connectRecord struct {
@@ -274,6 +283,7 @@ type connectRouteKind uint32
 const (
 	connectRouteKindROUTE_OTHER    connectRouteKind = 1
 	connectRouteKindROUTE_EXCLUDED connectRouteKind = 2
+	connectRouteKindROUTE_LOCAL    connectRouteKind = 3
 )
 
 type connectRuleSet struct {
@@ -340,6 +350,7 @@ const (
 	connectMapCidrRules6         = "cidr_rules6"
 	connectMapHandshakeUse       = "handshake_use"
 	connectMapHandshakes         = "handshakes"
+	connectMapInterfaceNames     = "interface_names"
 	connectMapInterfaces         = "interfaces"
 	connectMapListeners          = "listeners"
 	connectMapOrigDst            = "orig_dst"
@@ -418,31 +429,32 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Attachments  *ebpf.MapSpec `ebpf:"attachments"`
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodFacts     *ebpf.MapSpec `ebpf:"pod_facts"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -476,31 +488,32 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Attachments  *ebpf.Map `ebpf:"attachments"`
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodFacts     *ebpf.Map `ebpf:"pod_facts"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *connectMaps) Close() error {
@@ -511,6 +524,7 @@ func (m *connectMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,

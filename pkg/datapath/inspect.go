@@ -212,7 +212,11 @@ func (d *Datapath) HandshakeUse(cookie uint64) (int, error) {
 }
 
 func each[K, V any](m *ebpf.Map, visit func(K, V)) error {
-	keys, err := keysOf(m, func(K) bool { return true })
+	return eachOf(m, func(K) bool { return true }, visit)
+}
+
+func eachOf[K, V any](m *ebpf.Map, chosen func(K) bool, visit func(K, V)) error {
+	keys, err := keysOf(m, chosen)
 	if err != nil {
 		return err
 	}

@@ -76,7 +76,14 @@ type namesInterfaceKind uint32
 const (
 	namesInterfaceKindINTERFACE_EXCLUDED namesInterfaceKind = 1
 	namesInterfaceKindINTERFACE_REROUTED namesInterfaceKind = 2
+	namesInterfaceKindINTERFACE_CARRIER  namesInterfaceKind = 3
 )
+
+type namesInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type namesListenerKey struct {
 	_      structs.HostLayout
@@ -190,6 +197,7 @@ type namesRouteKind uint32
 const (
 	namesRouteKindROUTE_OTHER    namesRouteKind = 1
 	namesRouteKindROUTE_EXCLUDED namesRouteKind = 2
+	namesRouteKindROUTE_LOCAL    namesRouteKind = 3
 )
 
 type namesRuleSet struct {
@@ -259,6 +267,7 @@ const (
 	namesMapCidrRules6         = "cidr_rules6"
 	namesMapHandshakeUse       = "handshake_use"
 	namesMapHandshakes         = "handshakes"
+	namesMapInterfaceNames     = "interface_names"
 	namesMapInterfaces         = "interfaces"
 	namesMapListeners          = "listeners"
 	namesMapOrigDst            = "orig_dst"
@@ -341,31 +350,32 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
-	Attachments  *ebpf.MapSpec `ebpf:"attachments"`
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodFacts     *ebpf.MapSpec `ebpf:"pod_facts"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -399,31 +409,32 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
-	Attachments  *ebpf.Map `ebpf:"attachments"`
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodFacts     *ebpf.Map `ebpf:"pod_facts"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *namesMaps) Close() error {
@@ -434,6 +445,7 @@ func (m *namesMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,

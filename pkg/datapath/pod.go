@@ -59,24 +59,27 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
 	}
-	network, err := ns.Inspect()
-	if err != nil {
-		return Enrolment{}, err
-	}
-	if err := ready(network); err != nil {
-		return Enrolment{}, err
-	}
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
 	if err := d.features.allow(pod.Rules.Mode); err != nil {
 		return Enrolment{}, err
 	}
+	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.features.IngressIfindex {
+		return Enrolment{}, errors.New("this kernel does not tell sk_lookup programs where a packet came in (Linux 5.17 does), so no interface can be excluded: enroll without excludeInterfaces")
+	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
 	}
 	defer unlock()
+	network, err := ns.Inspect() // under the lock: who comes later has seen the later state
+	if err != nil {
+		return Enrolment{}, err
+	}
+	if err := ready(network); err != nil {
+		return Enrolment{}, err
+	}
 
 	var before connectPod
 	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound, UserNS: ids.Own()}
@@ -148,9 +151,11 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if out.addedSource6 {
 		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
 	}
-	if err := d.writeOwnAddrs(cookie, network, out.Already); err != nil {
+	entries, err := d.enrolNetwork(ns, network, pod, out)
+	if err != nil {
 		return err
 	}
+	value.Flags |= entries.flags()
 	for _, name := range []string{"handshake_use", "target_use"} {
 		if err := d.maps[name].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return tableError(name, err)
@@ -175,7 +180,48 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 			return tableError("pods", err)
 		}
 	}
-	return d.attachPod(ns, network, value.Flags, out.Already)
+	return d.attachPod(ns, network, entries, value.Flags, out.Already)
+}
+
+// enrolNetwork writes what the pod's entry will refer to: without its flags
+// nobody looks at routes and interfaces. Where the flags are there already, each
+// destination goes from what the rules before said of it to what these say.
+func (d *Datapath) enrolNetwork(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) (podNetwork, error) {
+	entries := networkOf(network, namesOf(pod.Rules))
+	if err := noteInterfaces(ns, network, entries, out); err != nil {
+		return podNetwork{}, err
+	}
+	var before podNetwork
+	if out.Already {
+		var err error
+		if before, err = d.readNetwork(ns.Cookie(), d.flagsOf(ns.Cookie())|entries.flags()); err != nil {
+			return podNetwork{}, err
+		}
+	}
+	return entries, d.changeNetwork(ns.Cookie(), before, entries)
+}
+
+func (d *Datapath) flagsOf(cookie uint64) connectPodFlags {
+	var p connectPod
+	if d.maps["pods"].Lookup(cookie, &p) != nil {
+		return 0
+	}
+	return p.Flags
+}
+
+// noteInterfaces notes what may surprise who excludes interfaces.
+func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, out *Enrolment) error {
+	if len(entries.names) == 0 {
+		return nil
+	}
+	for _, name := range entries.missing(network) {
+		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is excluded once \"sluicectl refresh\" or \"sluicectl watch\" has seen it", name))
+	}
+	routed, err := ns.PolicyRouted()
+	if routed {
+		out.Notes = append(out.Notes, "the namespace has routing rules of its own (ip rule): which connections leave by an excluded interface is told by its main table alone")
+	}
+	return err
 }
 
 // Unenroll stops capturing for a namespace, living (ns) or dead (ns nil), and
@@ -209,7 +255,7 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
-		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie }),
+		d.forgetNetwork(!known || hasRoutes(value.Flags), func(c uint64) bool { return c == cookie }),
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),
 	)
@@ -282,26 +328,6 @@ func (d *Datapath) writeName(cookie uint64, pod Pod) error {
 		return tableError("pod_names", err)
 	}
 	return nil
-}
-
-// writeOwnAddrs makes the pod's addresses exactly these.
-func (d *Datapath) writeOwnAddrs(cookie uint64, network netns.Network, already bool) error {
-	wanted := map[connectOwnAddrKey]connectOwnKind{}
-	for _, a := range network.Broadcasts {
-		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_BROADCAST
-	}
-	for _, a := range network.Addresses {
-		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_ADDR
-	}
-	for key, kind := range wanted {
-		if err := d.maps["own_addrs"].Put(key, kind); err != nil {
-			return tableError("own_addrs", err)
-		}
-	}
-	if !already {
-		return nil
-	}
-	return deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie && wanted[k] == 0 })
 }
 
 // tableError says which table is full, where that is it.

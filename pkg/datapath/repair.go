@@ -98,7 +98,11 @@ func (d *Datapath) complete(path string) error {
 	if _, err := d.collect(ns, pod, &Enrolment{}); err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, pod.Flags, true)
+	entries, err := d.readNetwork(ns.Cookie(), pod.Flags)
+	if err != nil {
+		return err
+	}
+	return d.attachPod(ns, network, networkOf(network, entries.names), pod.Flags, true)
 }
 
 func (d *Datapath) removeStrayLinks(known map[uint64]connectPod) error {
@@ -136,7 +140,7 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
-		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
+		d.forgetNetwork(true, func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)
 }

@@ -76,7 +76,14 @@ type sockopsInterfaceKind uint32
 const (
 	sockopsInterfaceKindINTERFACE_EXCLUDED sockopsInterfaceKind = 1
 	sockopsInterfaceKindINTERFACE_REROUTED sockopsInterfaceKind = 2
+	sockopsInterfaceKindINTERFACE_CARRIER  sockopsInterfaceKind = 3
 )
+
+type sockopsInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type sockopsListenerKey struct {
 	_      structs.HostLayout
@@ -190,6 +197,7 @@ type sockopsRouteKind uint32
 const (
 	sockopsRouteKindROUTE_OTHER    sockopsRouteKind = 1
 	sockopsRouteKindROUTE_EXCLUDED sockopsRouteKind = 2
+	sockopsRouteKindROUTE_LOCAL    sockopsRouteKind = 3
 )
 
 type sockopsRuleSet struct {
@@ -259,6 +267,7 @@ const (
 	sockopsMapCidrRules6         = "cidr_rules6"
 	sockopsMapHandshakeUse       = "handshake_use"
 	sockopsMapHandshakes         = "handshakes"
+	sockopsMapInterfaceNames     = "interface_names"
 	sockopsMapInterfaces         = "interfaces"
 	sockopsMapListeners          = "listeners"
 	sockopsMapOrigDst            = "orig_dst"
@@ -339,31 +348,32 @@ type sockopsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sockopsMapSpecs struct {
-	Attachments  *ebpf.MapSpec `ebpf:"attachments"`
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodFacts     *ebpf.MapSpec `ebpf:"pod_facts"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // sockopsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -397,31 +407,32 @@ func (o *sockopsObjects) Close() error {
 //
 // It can be passed to loadSockopsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sockopsMaps struct {
-	Attachments  *ebpf.Map `ebpf:"attachments"`
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodFacts     *ebpf.Map `ebpf:"pod_facts"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *sockopsMaps) Close() error {
@@ -432,6 +443,7 @@ func (m *sockopsMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,

@@ -76,7 +76,14 @@ type tcInterfaceKind uint32
 const (
 	tcInterfaceKindINTERFACE_EXCLUDED tcInterfaceKind = 1
 	tcInterfaceKindINTERFACE_REROUTED tcInterfaceKind = 2
+	tcInterfaceKindINTERFACE_CARRIER  tcInterfaceKind = 3
 )
+
+type tcInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type tcListenerKey struct {
 	_      structs.HostLayout
@@ -190,6 +197,7 @@ type tcRouteKind uint32
 const (
 	tcRouteKindROUTE_OTHER    tcRouteKind = 1
 	tcRouteKindROUTE_EXCLUDED tcRouteKind = 2
+	tcRouteKindROUTE_LOCAL    tcRouteKind = 3
 )
 
 type tcRuleSet struct {
@@ -259,6 +267,7 @@ const (
 	tcMapCidrRules6         = "cidr_rules6"
 	tcMapHandshakeUse       = "handshake_use"
 	tcMapHandshakes         = "handshakes"
+	tcMapInterfaceNames     = "interface_names"
 	tcMapInterfaces         = "interfaces"
 	tcMapListeners          = "listeners"
 	tcMapOrigDst            = "orig_dst"
@@ -337,31 +346,32 @@ type tcProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcMapSpecs struct {
-	Attachments  *ebpf.MapSpec `ebpf:"attachments"`
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodFacts     *ebpf.MapSpec `ebpf:"pod_facts"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // tcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -395,31 +405,32 @@ func (o *tcObjects) Close() error {
 //
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcMaps struct {
-	Attachments  *ebpf.Map `ebpf:"attachments"`
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodFacts     *ebpf.Map `ebpf:"pod_facts"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *tcMaps) Close() error {
@@ -430,6 +441,7 @@ func (m *tcMaps) Close() error {
 		m.CidrRules6,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
