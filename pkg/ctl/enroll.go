@@ -19,6 +19,8 @@ type enrollFlags struct {
 	uids, gids  []string
 	inbound, tc string
 	noGuard     bool
+	dns         bool
+	dnsPort     uint16
 }
 
 func newEnroll(c *common) *cobra.Command {
@@ -55,6 +57,8 @@ connections are left alone.`,
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
+	fl.BoolVar(&f.dns, "dns", false, "capture port 53, UDP and TCP, to the DNS proxy on 127.0.0.1 and ::1")
+	fl.Uint16Var(&f.dnsPort, "dns-port", rules.DefaultDNSPort, "port of the DNS proxy")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd
 }
@@ -124,6 +128,7 @@ func (f enrollFlags) parse() (datapath.Pod, error) {
 	if base.ProxyGIDs, err = parseIDs(f.gids, base.ProxyGIDs); err != nil {
 		return pod, fmt.Errorf("--proxy-gid: %w", err)
 	}
+	base.DNS, base.DNSPort = f.dns, f.dnsPort
 	annotations := map[string]string{}
 	for _, text := range f.annotations {
 		key, value, ok := strings.Cut(text, "=")

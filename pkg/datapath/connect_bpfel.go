@@ -208,7 +208,7 @@ type connectRecord struct {
 	Dst    connectAddr
 	Src    connectAddr
 	Dport  uint16
-	Pad    uint16
+	Via    uint16
 	Reason connectReason
 	Flags  connectRecordFlags
 }
@@ -218,6 +218,7 @@ type connectRecordFlags uint32
 const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
+	connectRecordFlagsRECORD_BOUND       connectRecordFlags = 4
 )
 
 type connectRoute4Key struct {

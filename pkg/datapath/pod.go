@@ -61,6 +61,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
+	if err := d.canCaptureDNS(pod.Rules); err != nil {
+		return Enrolment{}, err
+	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
@@ -86,6 +89,24 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 		err = d.dropRules(before.RulesId)
 	}
 	return out, err
+}
+
+// canCaptureDNS refuses rules of which the half that is UDP would be ignored: by
+// the kernel, or by a node whose programs an earlier version attached.
+func (d *Datapath) canCaptureDNS(r rules.Rules) error {
+	if !r.DNS {
+		return nil
+	}
+	if !d.features.UDP {
+		return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
+	}
+	attached := d.Attached()
+	for _, hook := range udpHooks {
+		if _, ok := attached[hook]; !ok {
+			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it", ErrNotUp, hook)
+		}
+	}
+	return nil
 }
 
 func (p connectPod) tcAttach() TCAttach {
