@@ -22,6 +22,7 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+#define EINVAL 22
 #define ECONNREFUSED 111
 
 /* Where a captured connect goes instead. */
@@ -34,6 +35,7 @@ enum outcome {
 	PASS,
 	REWRITE,
 	REFUSE,
+	INVALID,
 };
 
 /* An address of 127.128.0.0/10 for this destination, so that a pod's
@@ -173,6 +175,18 @@ static __always_inline void choose_source(struct bpf_sock_addr *ctx, struct reco
 		rec->flags |= RECORD_BOUND;
 }
 
+/* Is its source the loopback address of a captured connect before, which the
+ * kernel keeps, and from which nothing comes back from there? IPv4 says so itself.
+ */
+static __always_inline bool is_stranded(struct bpf_sock_addr *ctx, const struct record *rec,
+					const struct call *call)
+{
+	return rec->flags & RECORD_PRESENT_SRC && !addr_is4(&call->src) && !addr_is4(&call->dst) &&
+	       addr_is_loopback(&call->src) && !addr_is_loopback(&call->dst) &&
+	       !addr_is_any(&call->dst) &&
+	       !own_addr(&own_addrs, bpf_get_netns_cookie(ctx), &call->dst);
+}
+
 /* Only port 53 is anything to us. The record is the socket's own, and its
  * datagrams go by no other hook.
  */
@@ -189,6 +203,8 @@ static __always_inline enum outcome on_connect_udp(struct bpf_sock_addr *ctx,
 	addr_of_sock(&call.src, ctx->sk);
 	if (ctx->user_port == bpf_htons(PORT_DNS))
 		pod = captures_dns(ctx, &call);
+	if (!pod && rec && is_stranded(ctx, rec, &call))
+		return INVALID;
 	if (!pod) {
 		if (rec)
 			forget_server(ctx->sk, rec);
@@ -293,10 +309,10 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	return REWRITE;
 }
 
-static __always_inline int refuse(void)
+static __always_inline int refuse(int error)
 {
 	if (have_set_retval)
-		bpf_set_retval(-ECONNREFUSED);
+		bpf_set_retval(-error);
 	return 0;
 }
 
@@ -309,7 +325,9 @@ int connect4(struct bpf_sock_addr *ctx)
 	addr_set4(&dst, ctx->user_ip4);
 	switch (on_connect(ctx, &dst, &to)) {
 	case REFUSE:
-		return refuse();
+		return refuse(ECONNREFUSED);
+	case INVALID:
+		return refuse(EINVAL);
 	case REWRITE:
 		ctx->user_ip4 = addr_word(&to.addr, 3);
 		ctx->user_port = bpf_htons(to.port);
@@ -329,7 +347,9 @@ int connect6(struct bpf_sock_addr *ctx)
 	addr_set(&dst, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
 	switch (on_connect(ctx, &dst, &to)) {
 	case REFUSE:
-		return refuse();
+		return refuse(ECONNREFUSED);
+	case INVALID:
+		return refuse(EINVAL);
 	case REWRITE:
 		ctx->user_ip6[0] = addr_word(&to.addr, 0);
 		ctx->user_ip6[1] = addr_word(&to.addr, 1);
