@@ -85,6 +85,17 @@ static __always_inline enum fate on_query(struct bpf_sock_addr *ctx, struct call
 	return TO_PROXY;
 }
 
+/* A datagram from an address of the book by anybody's choice (IP_PKTINFO): its
+ * receiver would take it for an answer.
+ */
+static __always_inline bool is_forged(struct bpf_sock_addr *ctx)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+
+	return pod && pod->flags & POD_DNS;
+}
+
 /* A datagram to an address of the book: does the DNS proxy answer a query? */
 static __always_inline bool is_answer(struct bpf_sock_addr *ctx)
 {
@@ -109,7 +120,7 @@ static __always_inline int refuse(void)
 SEC("cgroup/sendmsg4")
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	__be32 to = NOW(ctx->user_ip4), booked = 0;
+	__be32 to = NOW(ctx->user_ip4), from = NOW(ctx->msg_src_ip4), booked = 0;
 	struct call call = {};
 	__u16 via;
 
@@ -117,10 +128,12 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 		ctx->msg_src_ip4 = to;
 		return 1;
 	}
+	if (target_index_of(from) && is_forged(ctx))
+		return 0;
 	if (ctx->user_port != bpf_htons(PORT_DNS))
 		return 1; /* not DNS */
 	addr_set4(&call.dst, to);
-	addr_set4(&call.src, ctx->msg_src_ip4);
+	addr_set4(&call.src, from);
 	switch (on_query(ctx, &call, &via, &booked)) {
 	case REFUSE:
 		return refuse();
@@ -184,6 +197,12 @@ static __always_inline bool by_book(struct bpf_sock_addr *ctx, struct addr *from
 	return true;
 }
 
+/* Where the DNS proxy listens: no other loopback address. */
+static __always_inline bool is_dns_proxy(const struct addr *a)
+{
+	return addr_is4(a) ? addr_v4(a) == LOOPBACK4 : addr_is6_low(a, 1);
+}
+
 /* The same of one from the DNS proxy's own address: the socket's peer, as long as
  * it is connected, or the server that it asked last.
  */
@@ -194,7 +213,7 @@ static __always_inline bool by_record(struct bpf_sock_addr *ctx, struct addr *fr
 	__u64 cookie;
 
 	if (!rec || rec->reason != CAPTURED_DNS || rec->via != *port ||
-	    addr_is4(from) != addr_is4(&rec->dst))
+	    addr_is4(from) != addr_is4(&rec->dst) || !is_dns_proxy(from))
 		return false;
 	if (!ctx->sk->dst_port) {
 		cookie = bpf_get_netns_cookie(ctx);
