@@ -22,7 +22,7 @@ const (
 const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
 	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
 	"OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort|" +
-	"DNSBy|DNSOfSeveral|DNSRules|DNSSockets|DNSNobody"
+	"DNSBy|DNSOfSeveral|DNSNobody"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
