@@ -61,12 +61,8 @@ static __always_inline enum fate on_query(struct bpf_sock_addr *ctx, struct call
 	if (!sk || to_peer(sk, &call->dst))
 		return PASS;
 	pod = captures_dns(ctx, call);
-	if (!pod) {
-		rec = sk->dst_port ? 0 : bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-		if (rec)
-			forget_server(sk, rec); /* its next answer is by whom it says */
+	if (!pod)
 		return PASS;
-	}
 	*via = pod->dns_port;
 	addr_of_sock(&local, sk);
 	if (addr_is4(&call->dst) && addr_is_any(&local)) {
@@ -85,6 +81,12 @@ static __always_inline enum fate on_query(struct bpf_sock_addr *ctx, struct call
 	return TO_PROXY;
 }
 
+/* Where the DNS proxy listens: no other loopback address. */
+static __always_inline bool is_dns_proxy(const struct addr *a)
+{
+	return addr_is4(a) ? addr_v4(a) == LOOPBACK4 : addr_is6_low(a, 1);
+}
+
 /* A datagram from an address of the book by anybody's choice (IP_PKTINFO): its
  * receiver would take it for an answer.
  */
@@ -100,6 +102,7 @@ static __always_inline bool is_forged(struct bpf_sock_addr *ctx)
 static __always_inline bool is_answer(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	struct addr local;
 	struct pod *pod;
 	__u64 cookie;
 
@@ -107,7 +110,10 @@ static __always_inline bool is_answer(struct bpf_sock_addr *ctx)
 		return false;
 	cookie = bpf_get_netns_cookie(ctx);
 	pod = bpf_map_lookup_elem(&pods, &cookie);
-	return pod && pod->flags & POD_DNS && sk->src_port == pod->dns_port;
+	if (!pod || !(pod->flags & POD_DNS) || sk->src_port != pod->dns_port)
+		return false;
+	addr_of_sock(&local, sk);
+	return is_dns_proxy(&local) || addr_is_any(&local); /* no other can be there too */
 }
 
 static __always_inline int refuse(void)
@@ -195,12 +201,6 @@ static __always_inline bool by_book(struct bpf_sock_addr *ctx, struct addr *from
 	*from = t->dst;
 	*port = t->port;
 	return true;
-}
-
-/* Where the DNS proxy listens: no other loopback address. */
-static __always_inline bool is_dns_proxy(const struct addr *a)
-{
-	return addr_is4(a) ? addr_v4(a) == LOOPBACK4 : addr_is6_low(a, 1);
 }
 
 /* The same of one from the DNS proxy's own address: the socket's peer, as long as
