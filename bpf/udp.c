@@ -58,7 +58,9 @@ static __always_inline enum fate on_query(struct bpf_sock_addr *ctx, struct call
 	struct addr local;
 	struct pod *pod;
 
-	if (!sk || to_peer(sk, &call->dst))
+	if (!sk || ctx->protocol != IPPROTO_UDP)
+		return PASS; /* UDP-Lite comes here too */
+	if (to_peer(sk, &call->dst))
 		return PASS;
 	pod = captures_dns(ctx, call);
 	if (!pod)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -100,10 +101,9 @@ func (d *Datapath) canCaptureDNS(r rules.Rules) error {
 	if !d.features.UDP {
 		return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
 	}
-	attached := d.Attached()
 	for _, hook := range udpHooks {
-		if _, ok := attached[hook]; !ok {
-			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it", ErrNotUp, hook)
+		if _, err := os.Stat(d.nodePin(hook)); err != nil {
+			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it (%w)", ErrNotUp, hook, err)
 		}
 	}
 	return nil

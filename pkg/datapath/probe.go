@@ -150,19 +150,14 @@ func probeIngressIfindex() error {
 	return closeProbe(prog, err)
 }
 
+// probeUDP tries the youngest of the four: recvmsg came for both families at once,
+// after sendmsg.
 func probeUDP() error {
-	for _, attach := range []ebpf.AttachType{
-		ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg, ebpf.AttachCGroupUDP4Recvmsg, ebpf.AttachCGroupUDP6Recvmsg,
-	} {
-		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-			Type: ebpf.CGroupSockAddr, AttachType: attach, License: "GPL",
-			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
-		})
-		if err := closeProbe(prog, err); err != nil {
-			return err
-		}
-	}
-	return nil
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupUDP4Recvmsg, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+	})
+	return closeProbe(prog, err)
 }
 
 // probeTCX attaches to an interface that cannot exist: a kernel that has TCX
