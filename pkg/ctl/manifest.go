@@ -133,7 +133,6 @@ func refuseUnsupported(r rules.Rules) error {
 		used bool
 	}{
 		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
-		{"DNS capture", r.DNS},
 	} {
 		if u.used {
 			return fmt.Errorf("%s is not supported yet: remove it", u.what)

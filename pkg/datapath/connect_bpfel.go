@@ -250,7 +250,7 @@ type connectRecord struct {
 	Dst    connectAddr
 	Src    connectAddr
 	Dport  uint16
-	Pad    uint16
+	Via    uint16
 	Reason connectReason
 	Flags  connectRecordFlags
 }
@@ -260,6 +260,7 @@ type connectRecordFlags uint32
 const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
+	connectRecordFlagsRECORD_BOUND       connectRecordFlags = 4
 )
 
 type connectRoute4Key struct {

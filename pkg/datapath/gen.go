@@ -10,3 +10,4 @@ package datapath
 //go:generate object sockopt ../../bpf/sockopt.c
 //go:generate object inbound ../../bpf/inbound.c
 //go:generate object tc ../../bpf/tc.c
+//go:generate object udp ../../bpf/udp.c

@@ -22,7 +22,8 @@ const (
 // little about a kernel and take long under emulation.
 const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
 	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
-	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXY[A-Z]|WayBack"
+	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXY[A-Z]|WayBack|" +
+	"DNSBy|DNSOfSeveral|DNSNobody"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
