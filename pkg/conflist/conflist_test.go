@@ -154,11 +154,11 @@ func TestConvertEveryConf(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conf, err := libcni.ConfFromBytes(clean)
+		conf, err := libcni.NetworkPluginConfFromBytes(clean)
 		if err != nil {
 			t.Fatal(err)
 		}
-		list, err := libcni.ConfListFromConf(conf)
+		list, err := libcni.ConfListFromConf(conf) //nolint:staticcheck // containerd and CRI-O call it
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -106,7 +106,8 @@ func (w *watch) wait(ctx context.Context, limit time.Duration) {
 		case <-timer.C:
 			return
 		case <-events:
-		case <-errs: // lost events: look
+		case err := <-errs: // events were lost: look
+			w.log.WithError(err).Debug("CNI directories: events lost")
 		}
 		if !burst { // what follows within moments is for the same look
 			burst = true
