@@ -1,0 +1,108 @@
+package oracle
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// families is which addresses a pod has.
+type families string
+
+const (
+	dualStack families = ""
+	only4     families = "4"
+	only6     families = "6"
+)
+
+// config is one thing to try: rules, in a pod of some kind. The interception
+// mode is a field of the rules.
+type config struct {
+	Rules    rules.Rules
+	Families families
+}
+
+func defaults() config { return config{Rules: rules.Default()} }
+
+// with is the default configuration, changed.
+func with(change func(*rules.Rules)) config {
+	c := defaults()
+	change(&c.Rules)
+	return c
+}
+
+// String is JSON that parseConfig reads: what differs from the default.
+func (c config) String() string {
+	was, is := fields(rules.Default()), fields(c.Rules)
+	for name, value := range is {
+		if bytes.Equal(value, was[name]) {
+			delete(is, name)
+		}
+	}
+	if c.Families != dualStack {
+		is["families"] = json.RawMessage(fmt.Sprintf("%q", c.Families))
+	}
+	return asJSON(is)
+}
+
+func parseConfig(text string) (config, error) {
+	c := defaults()
+	var is map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(text), &is); err != nil {
+		return c, fmt.Errorf("read the configuration: %w", err)
+	}
+	merged := fields(c.Rules)
+	for name, value := range is {
+		if name == "families" {
+			if err := json.Unmarshal(value, &c.Families); err != nil {
+				return c, fmt.Errorf("read families: %w", err)
+			}
+		} else if _, known := merged[name]; !known {
+			return c, fmt.Errorf("%q is no field of the rules", name)
+		}
+		merged[name] = value
+	}
+	delete(merged, "families")
+	c.Rules = rules.Rules{}
+	return c, json.Unmarshal([]byte(asJSON(merged)), &c.Rules)
+}
+
+func fields(r rules.Rules) map[string]json.RawMessage {
+	var out map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(asJSON(r)), &out); err != nil {
+		panic(err) // it was made by json
+	}
+	return out
+}
+
+func asJSON(v any) string {
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // for types that json cannot hold only
+	}
+	return string(text)
+}
+
+// notYet is what Sluice does not do so far. Whoever makes it do so deletes the
+// line here, and the configurations and probes are run from then on.
+var notYet = map[string]struct {
+	config func(config) bool        // not to be run at all
+	probe  func(config, probe) bool // not to be run with this configuration
+}{
+	"UDP DNS capture":   {probe: func(c config, p probe) bool { return c.Rules.DNS && p.UDP && p.To.Port() == portDNS }},
+	"excludeInterfaces": {config: func(c config) bool { return len(c.Rules.ExcludeInterfaces) > 0 }},
+	"rerouteInterfaces": {config: func(c config) bool { return len(c.Rules.RerouteInterfaces) > 0 }},
+	"TPROXY mode":       {config: func(c config) bool { return c.Rules.Mode == rules.TProxy }},
+}
+
+// missing names what Sluice lacks for a configuration; empty: nothing.
+func missing(c config) string {
+	for name, what := range notYet {
+		if what.config != nil && what.config(c) {
+			return name
+		}
+	}
+	return ""
+}
