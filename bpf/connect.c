@@ -233,7 +233,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	rec->flags = 0;
 	if (captured && addr_is_any(&call.src) && !addr_is_loopback(dst)) {
 		rec->flags |= RECORD_PRESENT_SRC;
-		if (reason == CAPTURED_SELF) /* to oneself, the kernel answers from there */
+		if (own_addr(&own_addrs, cookie, dst)) /* the kernel answers from there */
 			rec->src = *dst;
 		else
 			rec->src = addr_is4(dst) ? pod->addr4 : pod->addr6;
