@@ -22,19 +22,19 @@ type comparison struct {
 // changes what is wanted. In order: a later one sees what earlier ones want.
 var listed = []struct {
 	id    string
-	about func(x *comparison) bool
+	about func(x *comparison)
 }{
 	{"port-taken", portTaken},
 	{"no-route", noRoute},
 	{"bound-loopback", boundLoopback},
 	{"loop", loop},
-	{"self-6", self6},
 	{"device", device},
 	{"in-name", inName},
 	{"in-15001", inOutboundPort},
 	{"own-port", ownPort},
 	{"shown-source", shownSource},
 	{"names", names},
+	{"both-loopback", bothLoopback},
 }
 
 // judge says whether Sluice did what it should, and which listed differences
@@ -68,7 +68,23 @@ func (x *comparison) toLocal() bool {
 
 // captured: from the pod, by the proxy in place of who was called.
 func (x *comparison) captured() bool {
-	return x.From == inPod && !x.UDP && strings.HasPrefix(x.want.By, "proxy:") && x.want.Peer != x.want.ByName
+	if x.From != inPod || x.UDP || !strings.HasPrefix(x.want.By, "proxy:") {
+		return false
+	}
+	// A captured call of 127.0.0.1:15001 itself cannot be told by the addresses.
+	return x.want.Peer != x.want.ByName || strings.HasPrefix(x.got.ByName, "booked:")
+}
+
+// captor is who gets a captured connection, and where it listens.
+func (x *comparison) captor() (by, at string) {
+	by, port := "proxy:out", x.Rules.OutboundPort
+	if x.Rules.DNS && x.To.Port() == portDNS {
+		by, port = "proxy:dns", x.Rules.DNSPort
+	}
+	if x.To.Addr().Is4() {
+		return by, netip.AddrPortFrom(lo[0], port).String()
+	}
+	return by, netip.AddrPortFrom(lo[3], port).String()
 }
 
 // primary is the address that a pod's captured connections show as their source.
@@ -79,130 +95,128 @@ func (x *comparison) primary() netip.Addr {
 	return own[4]
 }
 
-// portTaken: REDIRECT finds the client's port taken on the proxy's address, and
-// gives it another one.
-func portTaken(x *comparison) bool {
-	was, taken := strings.CutSuffix(x.want.ByPeer, " other")
-	if taken {
-		x.want.ByPeer = was + " p"
-	}
-	return taken
+func (x *comparison) captureFrom(source netip.Addr) {
+	by, at := x.captor()
+	x.want = outcome{Result: "connected", Name: source.String() + " p", Peer: x.To.String(),
+		By: by, ByName: at, ByPeer: source.String() + " p", OrigDst: x.To.String(), First: x.want.First}
 }
 
-func noRoute(x *comparison) bool {
-	if !slices.Contains(lost, x.To.Addr()) || x.want.Result != "ENETUNREACH" || x.got.Result != "connected" {
-		return false
+// portTaken: REDIRECT finds the client's port taken on the proxy's address, and
+// gives it another one.
+func portTaken(x *comparison) {
+	x.want.ByPeer = strings.Replace(x.want.ByPeer, " other", " p", 1)
+	if x.both {
+		x.got.ByPeer = strings.Replace(x.got.ByPeer, " other", " p", 1)
 	}
-	x.want = outcome{Result: "connected", By: "proxy:out", Name: x.primary().String() + " p", Peer: x.To.String(), OrigDst: x.To.String()}
-	x.want.ByPeer, x.want.ByName = x.want.Name, netip.AddrPortFrom(loopbackOf(x.To.Addr()), x.Rules.OutboundPort).String()
-	return true
+}
+
+func noRoute(x *comparison) {
+	if !slices.Contains(lost, x.To.Addr()) || x.want.Result != "ENETUNREACH" || x.got.Result != "connected" {
+		return
+	}
+	x.captureFrom(x.primary())
 }
 
 // boundLoopback: an IPv4 socket bound to 127.0.0.0/8 cannot leave the pod, and
 // is captured all the same.
-func boundLoopback(x *comparison) bool {
+func boundLoopback(x *comparison) {
 	if !x.Source.IsValid() || !x.Source.IsLoopback() || x.want.Result != "EINVAL" || x.got.Result != "connected" {
-		return false
+		return
 	}
-	x.want = outcome{Result: "connected", By: "proxy:out", Name: x.Source.String() + " p", Peer: x.To.String(), OrigDst: x.To.String()}
-	x.want.ByPeer, x.want.ByName = x.want.Name, netip.AddrPortFrom(loopbackOf(x.To.Addr()), x.Rules.OutboundPort).String()
-	return true
+	x.captureFrom(x.Source)
 }
 
 // loop: the proxy, or who calls from its source, calls its own ports.
-func loop(x *comparison) bool {
+func loop(x *comparison) {
 	port := x.To.Port()
-	if x.From != inPod || x.UDP || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
-		return false
+	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+		return
 	}
-	if !x.Rules.IsProxy(uint32(x.ID.UID), uint32(x.ID.GID)) && x.Source != netip.MustParseAddr("127.0.0.6") && x.Source != netip.MustParseAddr("::6") {
-		return false
+	source := x.Source
+	if !source.IsValid() && x.To.Addr() == lo[4] {
+		source = lo[4] // the kernel's choice
+	}
+	if !x.Rules.IsProxy(uint32(x.ID.UID), uint32(x.ID.GID)) && source != lo[2] && source != lo[4] {
+		return
 	}
 	x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
-	return true
-}
-
-// self6: who calls ::6 without a source gets ::6 itself as one, so that to
-// iptables it is the proxy calling the app.
-func self6(x *comparison) bool {
-	if x.UDP || x.To.Addr() != lo[4] || x.Source.IsValid() || x.got.By != "proxy:in" || !x.Rules.IsProxy(uint32(x.ID.UID), uint32(x.ID.GID)) {
-		return false
-	}
-	x.want.By, x.want.ByName = "proxy:in", netip.AddrPortFrom(loopbackOf(x.To.Addr()), x.Rules.InboundPort).String()
-	return true
 }
 
 // device: no answer in either way; over IPv6 the kernel says so at once.
-func device(x *comparison) bool {
+func device(x *comparison) {
 	if x.Device == "" || x.want.Result != "timed out" || x.To.Addr().Is4() || x.got.Result != "ENETUNREACH" {
-		return false
+		return
 	}
 	x.want.Result = "ENETUNREACH"
-	return true
 }
 
-func inName(x *comparison) bool {
+func inName(x *comparison) {
 	if x.both || x.From == inPod || x.want.By != "proxy:in" {
-		return false
+		return
 	}
 	x.want.ByName = x.To.String()
-	return true
 }
 
-func inOutboundPort(x *comparison) bool {
+func inOutboundPort(x *comparison) {
 	if x.both || x.From == inPod || x.want.By != "proxy:in" || x.To.Port() != x.Rules.OutboundPort {
-		return false
+		return
 	}
 	x.want.OrigDst = "ENOENT"
-	return true
 }
 
-func ownPort(x *comparison) bool {
-	if x.From != inPod || x.want.By != "proxy:out" || x.UDP || !x.toLocal() || x.captured() {
-		return false
+func ownPort(x *comparison) {
+	if x.want.By == "proxy:out" && !x.UDP && !x.captured() {
+		x.want.OrigDst = "ENOENT"
 	}
-	x.want.OrigDst = "ENOENT"
-	return true
 }
 
 // shownSource: iptables leaves the source that the route gives; Sluice shows the
 // pod's first address or, of a call to an own address, that one.
-func shownSource(x *comparison) bool {
-	if !x.captured() || x.Source.IsValid() {
-		return false
+func shownSource(x *comparison) {
+	a := x.To.Addr()
+	if !x.captured() || x.Source.IsValid() || a.IsLoopback() || a.IsUnspecified() {
+		return
 	}
 	shown := x.primary()
 	if x.toLocal() {
-		shown = x.To.Addr()
-	}
-	if shown.IsLoopback() || shown == lo[4] {
-		return false
+		shown = a
 	}
 	x.want.Name, x.want.ByPeer = shown.String()+" p", shown.String()+" p"
-	return true
 }
 
 // names: the proxy's own end of a captured connection.
-func names(x *comparison) bool {
+func names(x *comparison) {
 	if !x.captured() || x.To.Addr().Is6() || x.want.By != "proxy:out" {
-		return false
+		return
 	}
 	address, port, _ := strings.Cut(x.want.ByName, ":")
 	if address != "127.0.0.1" {
-		return false
+		return
 	}
 	x.want.ByName = "booked:" + port
 	if x.Source.IsValid() {
 		x.want.ByName = "announced:" + port
 	}
-	return true
 }
 
-func loopbackOf(a netip.Addr) netip.Addr {
-	if a.Is4() {
-		return lo[0]
+// bothLoopback: where an include range is loopback, Istio's O4 line is left out,
+// and its O13 or O14 line redirects to the proxy what Sluice has sent to it.
+func bothLoopback(x *comparison) {
+	ours := netip.MustParseAddr("127.192.0.1")
+	holds := func(p netip.Prefix) bool { return p.Contains(ours) }
+	r, port := x.Rules, x.Rules.OutboundPort
+	if !x.both || !slices.ContainsFunc(r.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
+		return
 	}
-	return lo[3]
+	toOurs := strings.HasPrefix(x.want.ByName, "booked:") || strings.HasPrefix(x.want.ByName, "announced:")
+	toOurs = toOurs || x.To.String() == x.want.ByName && x.got.Result == "ECONNREFUSED" // captured or not: it looks alike
+	if !toOurs || x.Source == lo[2] || slices.Contains(r.ExcludeOutboundPorts, port) ||
+		holds(r.Loopback) || slices.ContainsFunc(r.ExcludeOutboundCIDRs, holds) {
+		return
+	}
+	if slices.Contains(r.IncludeOutboundPorts, port) || slices.ContainsFunc(r.IncludeOutboundCIDRs.List, holds) {
+		x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
+	}
 }
 
 func TestEveryListedDifferenceIsDocumented(t *testing.T) {
