@@ -161,7 +161,7 @@ func (p probe) possible(f families) bool {
 		return true
 	}
 	has := p.To.Addr().Is4() == (f == only4)
-	return has || p.From == inPod && !p.Source.IsValid()
+	return has || p.From == inPod && !p.Source.IsValid() && p.Device == ""
 }
 
 func tcpOut() (out []probe) {
