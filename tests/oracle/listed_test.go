@@ -75,6 +75,11 @@ func (x *comparison) captured() bool {
 	return x.want.Peer != x.want.ByName || strings.HasPrefix(x.got.ByName, "booked:")
 }
 
+// tried: Sluice has captured it, though iptables below may have refused it.
+func (x *comparison) tried() bool {
+	return x.got.Result == "connected" || x.both && x.got.Result == "ECONNREFUSED"
+}
+
 // captor is who gets a captured connection, and where it listens.
 func (x *comparison) captor() (by, at string) {
 	by, port := "proxy:out", x.Rules.OutboundPort
@@ -111,7 +116,7 @@ func portTaken(x *comparison) {
 }
 
 func noRoute(x *comparison) {
-	if !slices.Contains(lost, x.To.Addr()) || x.want.Result != "ENETUNREACH" || x.got.Result != "connected" {
+	if !slices.Contains(lost, x.To.Addr()) || x.want.Result != "ENETUNREACH" || !x.tried() {
 		return
 	}
 	x.captureFrom(x.primary())
@@ -120,7 +125,7 @@ func noRoute(x *comparison) {
 // boundLoopback: an IPv4 socket bound to 127.0.0.0/8 cannot leave the pod, and
 // is captured all the same.
 func boundLoopback(x *comparison) {
-	if !x.Source.IsValid() || !x.Source.IsLoopback() || x.want.Result != "EINVAL" || x.got.Result != "connected" {
+	if !x.Source.IsValid() || !x.Source.IsLoopback() || x.want.Result != "EINVAL" || !x.tried() {
 		return
 	}
 	x.captureFrom(x.Source)
@@ -200,23 +205,36 @@ func names(x *comparison) {
 }
 
 // bothLoopback: where an include range is loopback, Istio's O4 line is left out,
-// and its O13 or O14 line redirects to the proxy what Sluice has sent to it.
+// and its O13 or O14 line redirects to 127.0.0.1:15001 what Sluice has sent to
+// another address, or to the DNS proxy.
 func bothLoopback(x *comparison) {
-	ours := netip.MustParseAddr("127.192.0.1")
-	holds := func(p netip.Prefix) bool { return p.Contains(ours) }
-	r, port := x.Rules, x.Rules.OutboundPort
-	if !x.both || !slices.ContainsFunc(r.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
+	r := x.Rules
+	if !x.both || x.Source == lo[2] || !slices.ContainsFunc(r.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
 		return
 	}
-	toOurs := strings.HasPrefix(x.want.ByName, "booked:") || strings.HasPrefix(x.want.ByName, "announced:")
-	toOurs = toOurs || x.To.String() == x.want.ByName && x.got.Result == "ECONNREFUSED" // captured or not: it looks alike
-	if !toOurs || x.Source == lo[2] || slices.Contains(r.ExcludeOutboundPorts, port) ||
-		holds(r.Loopback) || slices.ContainsFunc(r.ExcludeOutboundCIDRs, holds) {
+	sent, ok := x.sent()
+	holds := func(p netip.Prefix) bool { return p.Contains(sent.Addr()) }
+	if !ok || slices.Contains(r.ExcludeOutboundPorts, sent.Port()) || holds(r.Loopback) || slices.ContainsFunc(r.ExcludeOutboundCIDRs, holds) {
 		return
 	}
-	if slices.Contains(r.IncludeOutboundPorts, port) || slices.ContainsFunc(r.IncludeOutboundCIDRs.List, holds) {
+	if slices.Contains(r.IncludeOutboundPorts, sent.Port()) || slices.ContainsFunc(r.IncludeOutboundCIDRs.List, holds) {
 		x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
 	}
+}
+
+// sent is where Sluice sends a captured connection of an app over IPv4.
+func (x *comparison) sent() (netip.AddrPort, bool) {
+	kind, _, _ := strings.Cut(x.want.ByName, ":")
+	switch {
+	case x.To.Addr().Is6():
+	case kind == "booked", x.To.String() == x.want.ByName && x.got.Result == "ECONNREFUSED": // captured or not looks alike
+		return netip.AddrPortFrom(netip.MustParseAddr("127.192.0.1"), x.Rules.OutboundPort), true
+	case kind == "announced":
+		return netip.AddrPortFrom(netip.MustParseAddr("127.128.0.1"), x.Rules.OutboundPort), true
+	case x.captured() && x.want.By == "proxy:dns":
+		return netip.AddrPortFrom(lo[0], x.Rules.DNSPort), true
+	}
+	return netip.AddrPort{}, false
 }
 
 func TestEveryListedDifferenceIsDocumented(t *testing.T) {
