@@ -265,13 +265,13 @@ func (c *client) finish(from unix.Sockaddr) {
 	name, _ := unix.Getsockname(c.fd)
 	mine := addrPort(name).Port()
 	c.out.Result = "connected"
-	c.out.Name = shownAs(text(name), mine)
+	c.out.Name = shownAs(shown(name), mine)
 	if peer, err := unix.Getpeername(c.fd); err == nil {
-		c.out.Peer = text(peer)
+		c.out.Peer = shown(peer)
 	}
 	if c.UDP {
 		c.out.Result = "answered"
-		c.out.Peer = strings.TrimSpace(c.out.Peer + " answer from " + text(from))
+		c.out.Peer = strings.TrimSpace(c.out.Peer + " answer from " + shown(from))
 	}
 	c.out.By, c.out.ByName, c.out.OrigDst = said.By, unnumbered(said.Name), said.OrigDst
 	c.out.ByPeer = shownAs(said.Peer, mine)

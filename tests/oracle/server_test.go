@@ -153,13 +153,13 @@ func answerConnections(fd int, by string) {
 		if err != nil {
 			return
 		}
-		line := saying{By: by, Peer: text(from)}
+		line := saying{By: by, Peer: shown(from)}
 		if name, err := unix.Getsockname(c); err == nil {
-			line.Name = text(name)
+			line.Name = shown(name)
 		}
 		// accept() and getpeername() must agree, and the question is by family.
-		if peer, err := unix.Getpeername(c); err != nil || text(peer) != line.Peer {
-			line.Peer += fmt.Sprintf(" (getpeername: %s, %v)", text(peer), err)
+		if peer, err := unix.Getpeername(c); err != nil || shown(peer) != line.Peer {
+			line.Peer += fmt.Sprintf(" (getpeername: %s, %v)", shown(peer), err)
 		}
 		level := unix.SOL_IP
 		if addrPort(from).Addr().Is6() {
@@ -196,7 +196,7 @@ func answerDatagrams(fd int, by string) {
 		if errors.Is(err, unix.EAGAIN) || from == nil {
 			return
 		}
-		out, err := marshal(saying{By: by, Peer: text(from)})
+		out, err := marshal(saying{By: by, Peer: shown(from)})
 		if err == nil {
 			_ = unix.Sendmsg(fd, out, answerFrom(control[:n]), from, 0)
 		}
@@ -248,7 +248,7 @@ func addrPort(sa unix.Sockaddr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-func text(sa unix.Sockaddr) string { return addrPort(sa).String() }
+func shown(sa unix.Sockaddr) string { return addrPort(sa).String() }
 
 // errno is the name of an error number.
 func errno(err error) string {
