@@ -149,7 +149,7 @@ func (c *client) twice() {
 	c.start(c.To)
 	c.alone()
 	first := c.out
-	if c.fd < 0 || first.Result != "connected" {
+	if c.fd < 0 || first.Result != "connected" && first.Result != "answered" {
 		c.out = outcome{Result: "not tried", First: &first}
 		return
 	}

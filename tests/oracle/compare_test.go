@@ -83,22 +83,26 @@ func (l *lab) compare(q request) (report, error) {
 	for i, s := range sites[1:] {
 		for _, p := range all {
 			iptables, got := results[0][p], results[i+1][p]
-			ok, want := got.equal(iptables), iptables
-			if s.sluice {
-				var ids []string
-				ok, want, ids = judge(normal, p, s.iptables != "", iptables, got)
-				for _, id := range ids {
-					l.used[id]++
-				}
-			} else {
-				ok = sameButPorts(iptables, got)
-			}
+			ok, want := l.judge(s, normal, p, iptables, got)
 			if !ok {
 				out.differences = append(out.differences, difference(s, p, iptables, want, got))
 			}
 		}
 	}
 	return out, nil
+}
+
+// judge compares with iptables what another site did: the other backend of
+// iptables, or Sluice, with or without iptables below it.
+func (l *lab) judge(s *site, c config, p probe, iptables, got outcome) (ok bool, want outcome) {
+	if !s.sluice {
+		return sameButPorts(iptables, got), iptables
+	}
+	ok, want, ids := judge(c, p, s.iptables != "", iptables, got)
+	for _, id := range ids {
+		l.used[id]++
+	}
+	return ok, want
 }
 
 // tryAll runs the probes in every site at once.

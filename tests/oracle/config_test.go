@@ -87,14 +87,21 @@ func asJSON(v any) string {
 
 // notYet is what Sluice does not do so far. Whoever makes it do so deletes the
 // line here, and the configurations and probes are run from then on.
-var notYet = map[string]struct {
-	config func(config) bool        // not to be run at all
-	probe  func(config, probe) bool // not to be run with this configuration
-}{
-	"UDP DNS capture":   {probe: func(c config, p probe) bool { return c.Rules.DNS && p.UDP && p.To.Port() == portDNS }},
+var notYet = map[string]gap{
+	"UDP DNS capture":   {probe: isUDPDNS},
 	"excludeInterfaces": {config: func(c config) bool { return len(c.Rules.ExcludeInterfaces) > 0 }},
 	"rerouteInterfaces": {config: func(c config) bool { return len(c.Rules.RerouteInterfaces) > 0 }},
 	"TPROXY mode":       {config: func(c config) bool { return c.Rules.Mode == rules.TProxy }},
+}
+
+// gap says what is not to be run: configurations, or probes in some of them.
+type gap struct {
+	config func(config) bool
+	probe  func(config, probe) bool
+}
+
+func isUDPDNS(c config, p probe) bool {
+	return c.Rules.DNS && p.UDP && (p.To.Port() == portDNS || p.Then.Port() == portDNS)
 }
 
 // missing names what Sluice lacks for a configuration; empty: nothing.

@@ -50,7 +50,7 @@ func judge(c config, p probe, both bool, iptables, got outcome) (ok bool, want o
 		}
 		x.want.First = &wantFirst
 		ids = idsFirst
-		x.probe.To = p.Then
+		x.To = p.Then
 	}
 	for _, l := range listed {
 		before := x.want

@@ -254,6 +254,16 @@ func twice() (out []probe) {
 			out = append(out, probe{From: inPod, ID: id, To: netip.MustParseAddrPort(pair[0]), Then: netip.MustParseAddrPort(pair[1])})
 		}
 	}
+	servers := [][2]string{
+		{"10.99.0.1:53", "10.96.0.10:53"}, {"10.99.0.1:53", "10.99.0.1:80"}, {"10.99.0.1:80", "10.98.0.1:53"}, {"10.99.0.1:53", "127.0.0.1:53"},
+		{"[fd99::1]:53", "[fd96::10]:53"}, {"[fd99::1]:53", "[fd99::1]:80"}, {"[fd99::1]:80", "[fd98::1]:53"},
+	}
+	for _, pair := range servers {
+		p := probe{From: inPod, ID: kit.App, To: netip.MustParseAddrPort(pair[0]), Then: netip.MustParseAddrPort(pair[1]), UDP: true}
+		q := p
+		q.Sendto = true
+		out = append(out, p, q)
+	}
 	return out
 }
 
