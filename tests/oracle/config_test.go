@@ -3,8 +3,12 @@ package oracle
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
+	"strings"
 
+	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -20,8 +24,14 @@ const (
 // config is one thing to try: rules, in a pod of some kind. The interception
 // mode is a field of the rules.
 type config struct {
-	Rules    rules.Rules
-	Families families
+	Rules rules.Rules
+	podKind
+}
+
+// podKind is what is not a rule.
+type podKind struct {
+	Families families         `json:"families,omitempty"`
+	Inbound  datapath.Inbound `json:"inbound,omitempty"` // empty: sk_lookup
 }
 
 func defaults() config { return config{Rules: rules.Default()} }
@@ -41,9 +51,7 @@ func (c config) String() string {
 			delete(is, name)
 		}
 	}
-	if c.Families != dualStack {
-		is["families"] = json.RawMessage(fmt.Sprintf("%q", c.Families))
-	}
+	maps.Copy(is, fields(c.podKind))
 	return asJSON(is)
 }
 
@@ -53,25 +61,27 @@ func parseConfig(text string) (config, error) {
 	if err := json.Unmarshal([]byte(text), &is); err != nil {
 		return c, fmt.Errorf("read the configuration: %w", err)
 	}
-	merged := fields(c.Rules)
+	merged, kind := fields(c.Rules), map[string]json.RawMessage{}
 	for name, value := range is {
-		if name == "families" {
-			if err := json.Unmarshal(value, &c.Families); err != nil {
-				return c, fmt.Errorf("read families: %w", err)
-			}
-		} else if _, known := merged[name]; !known {
-			return c, fmt.Errorf("%q is no field of the rules", name)
+		if _, rule := merged[name]; rule {
+			merged[name] = value
+		} else {
+			kind[name] = value
 		}
-		merged[name] = value
 	}
-	delete(merged, "families")
 	c.Rules = rules.Rules{}
-	return c, json.Unmarshal([]byte(asJSON(merged)), &c.Rules)
+	return c, errors.Join(strictly(merged, &c.Rules), strictly(kind, &c.podKind))
 }
 
-func fields(r rules.Rules) map[string]json.RawMessage {
+func strictly(fields map[string]json.RawMessage, into any) error {
+	d := json.NewDecoder(strings.NewReader(asJSON(fields)))
+	d.DisallowUnknownFields()
+	return d.Decode(into)
+}
+
+func fields(v any) map[string]json.RawMessage {
 	var out map[string]json.RawMessage
-	if err := json.Unmarshal([]byte(asJSON(r)), &out); err != nil {
+	if err := json.Unmarshal([]byte(asJSON(v)), &out); err != nil {
 		panic(err) // it was made by json
 	}
 	return out

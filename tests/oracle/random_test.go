@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -57,6 +58,9 @@ func draw(seed uint64) config {
 	r.DNS = d.chance(40)
 	if d.chance(20) {
 		r.ExcludeInterfaces = some(d, 2, []string{"eth0", "net1", "lo", "nosuch0"})
+	}
+	if d.chance(25) {
+		c.Inbound = datapath.InboundTC
 	}
 	c.Families = some1(d, []families{dualStack, dualStack, dualStack, dualStack, only4, only6})
 	return c
@@ -146,14 +150,17 @@ func (l *lab) shrink(r report) report {
 // list less.
 func simpler(c config) (out []config) {
 	if c.Families != dualStack {
-		out = append(out, config{c.Rules, dualStack})
+		out = append(out, config{c.Rules, podKind{Inbound: c.Inbound}})
+	}
+	if c.Inbound != "" {
+		out = append(out, config{c.Rules, podKind{Families: c.Families}})
 	}
 	was, is := fields(rules.Default()), fields(c.Rules)
 	add := func(name string, value any) {
 		changed := fields(c.Rules)
 		changed[name] = json.RawMessage(asJSON(value))
 		if s, err := parseConfig(asJSON(changed)); err == nil {
-			s.Families = c.Families
+			s.podKind = c.podKind
 			if _, err := s.Rules.Normalise(); err == nil {
 				out = append(out, s)
 			}

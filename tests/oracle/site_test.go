@@ -160,7 +160,7 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 		defer func() { err = errors.Join(err, s.forgetConnections()) }()
 	}
 	if s.sluice {
-		if _, err := s.datapath.Enroll(s.pod.NetNS, datapath.Pod{Namespace: "oracle", Name: s.String(), Rules: r}); err != nil {
+		if _, err := s.datapath.Enroll(s.pod.NetNS, datapath.Pod{Namespace: "oracle", Name: s.String(), Rules: r, Inbound: c.Inbound}); err != nil {
 			return nil, err
 		}
 		defer func() {

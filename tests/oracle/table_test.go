@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -18,8 +19,9 @@ var table = []struct {
 	config config
 }{
 	{"default", true, defaults()},
-	{"IPv4 only", true, config{rules.Default(), only4}},
-	{"IPv6 only", true, config{rules.Default(), only6}},
+	{"IPv4 only", true, config{rules.Default(), podKind{Families: only4}}},
+	{"IPv6 only", true, config{rules.Default(), podKind{Families: only6}}},
+	{"inbound by TC", true, config{rules.Default(), podKind{Inbound: datapath.InboundTC}}},
 
 	{"a UID alone", false, with(func(r *rules.Rules) { r.ProxyGIDs = nil })},
 	{"a GID alone", false, with(func(r *rules.Rules) { r.ProxyUIDs = nil })},
@@ -176,7 +178,7 @@ func TestOneConfiguration(t *testing.T) {
 func TestWithoutRedirection(t *testing.T) {
 	for _, f := range []families{dualStack, only4, only6} {
 		all := probes(f, true)
-		got, err := newSite(t, nothing, f).try(config{Rules: rules.Default(), Families: f}, "", all)
+		got, err := newSite(t, nothing, f).try(config{rules.Default(), podKind{Families: f}}, "", all)
 		if err != nil {
 			t.Fatal(err)
 		}
