@@ -18,14 +18,16 @@ type edit struct {
 	do   func(rule, source string) (string, error)
 }
 
-// statement removes the return statement whose comment names the rule.
+// statement removes the return statement whose comment names the rule, or which
+// follows on the line that the comment ends.
 func statement(file string) edit {
 	return edit{file, func(rule, source string) (string, error) {
-		marked := regexp.MustCompile(`return [^;]*;( /\*[^*]*\b` + rule + `\b[^*]*\*/)`)
+		comment := ` /\*[^*]*\b` + rule + `\b[^*]*\*/`
+		marked := regexp.MustCompile(`return [^;]*;(` + comment + `)|(;` + comment + `\n\s*)return [^;]*;`)
 		if n := len(marked.FindAllString(source, -1)); n != 1 {
-			return "", fmt.Errorf("%s has %d return statements whose comment on the same line names %s, not one: mark the one that carries the rule out, or change ruleTable", file, n, rule)
+			return "", fmt.Errorf("%s has %d return statements whose comment names %s, not one: mark the one that carries the rule out, or change ruleTable", file, n, rule)
 		}
-		return marked.ReplaceAllString(source, ";$1"), nil
+		return marked.ReplaceAllString(source, "$2;$1"), nil
 	}}
 }
 
