@@ -148,7 +148,7 @@ static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
 static __always_inline bool send_by_lo(struct bpf_sock_addr *ctx, const struct call *call)
 {
 	int mark = SLUICE_TPROXY_MARK;
-	char lo[] = "lo";
+	char lo[] = { 'l', 'o', 0 };
 
 	if (call->mark != SLUICE_TPROXY_MARK &&
 	    bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
@@ -295,8 +295,12 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	}
 	if (captured) {
 		to->port = port_of(pod, reason);
-		/* The DNS proxy listens on 127.0.0.1, and has few connections. */
-		anywhere = addr_is4(dst) && reason != CAPTURED_DNS &&
+		/* The DNS proxy listens on 127.0.0.1, and has few connections.
+		 * A proxy's call to its own pod goes to exactly 127.0.0.1 as
+		 * well: iptables rules that are still there send one to any
+		 * other loopback address to the inbound port a second time.
+		 */
+		anywhere = addr_is4(dst) && reason == CAPTURED_OUT &&
 			   accepts_anywhere(ctx, cookie, pod, to->port);
 		if (anywhere && addr_is_any(&call.src) && by_target(sk, cookie, dst, dport, to)) {
 			count(cookie, reason);
