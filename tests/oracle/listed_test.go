@@ -132,8 +132,12 @@ func boundLoopback(x *comparison) {
 	x.captureFrom(x.Source)
 }
 
-// loop: the proxy, or who calls from its source, calls its own ports.
+// loop: the proxy, or who calls from its source, calls its own ports. (With lo
+// excluded, nothing that goes there is looked at.)
 func loop(x *comparison) {
+	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") {
+		return
+	}
 	port := x.To.Port()
 	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
 		return
