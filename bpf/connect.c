@@ -17,6 +17,7 @@
 #include "rules.h"
 #include "stats.h"
 #include "targets.h"
+#include "book.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -77,32 +78,6 @@ static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const st
 	return yes;
 }
 
-/* The address that stands for a destination. Two first connects at once may get
- * one each: both are right.
- */
-static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 dport)
-{
-	struct target_index_key key = {
-		.cookie = cookie,
-		.target = { .dst = *dst, .port = dport },
-	};
-	struct target_key mine = { .cookie = cookie };
-	__u32 *index = bpf_map_lookup_elem(&target_index, &key), *used;
-
-	if (index)
-		return bpf_htonl(TARGETS4 | *index);
-	used = bpf_map_lookup_elem(&target_use, &cookie);
-	if (!used || *used >= target_share)
-		return 0;
-	mine.index = __sync_fetch_and_add(used, 1) + 1;
-	if (mine.index >= SPREAD4_MASK) /* 127.255.255.255 is a broadcast address */
-		return 0;
-	if (bpf_map_update_elem(&targets, &mine, &key.target, BPF_NOEXIST))
-		return 0;
-	bpf_map_update_elem(&target_index, &key, &mine.index, BPF_NOEXIST);
-	return bpf_htonl(TARGETS4 | mine.index);
-}
-
 /* MPTCP: the hook sees the first subflow, but the app's calls see the msk. */
 static __always_inline void copy_to_msk(struct bpf_sock *sk, const struct record *rec)
 {
@@ -136,12 +111,12 @@ static __always_inline void forget(struct bpf_sock *sk)
 static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const struct addr *dst,
 				      __u16 dport, struct choice *to)
 {
-	__be32 v4 = book(cookie, dst, dport);
+	__u32 index = book(cookie, dst, dport);
 
-	if (!v4)
+	if (!index)
 		return false;
 	forget(sk);
-	addr_set4(&to->addr, v4);
+	addr_set4(&to->addr, bpf_htonl(TARGETS4 | index));
 	return true;
 }
 

@@ -54,6 +54,7 @@ enum reason {
 	DIRECT_INTERFACE, /* through an excluded interface */
 	DIRECT_OWNER_GROUP, /* the caller's group is not one to capture */
 	DIRECT_NOT_READY, /* the proxy has not listened yet, and the pod may go without */
+	REFUSED_REROUTED, /* came in through a rerouted interface, and cannot be rerouted */
 	REASON_MAX,
 };
 
@@ -82,6 +83,7 @@ enum pod_flags {
 	POD_READY = 1 << 17, /* it has; set by sockops and user space, never cleared */
 	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
 	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
+	POD_REROUTES6 = 1 << 20, /* the address book's IPv6 prefix is on lo */
 };
 
 /* pods: netns cookie -> pod */
@@ -142,6 +144,8 @@ enum direction {
 enum rule_verdict {
 	RULE_DIRECT = 1,
 	RULE_CAPTURE = 2,
+	RULE_VERDICT = 3, /* mask of the verdict */
+	RULE_REROUTE = 4, /* beside the verdict of an address: an include range holds it */
 };
 
 struct port_rule_key {
@@ -162,6 +166,31 @@ struct interface_key {
 enum interface_kind {
 	INTERFACE_EXCLUDED = 1,
 	INTERFACE_REROUTED = 2,
+	INTERFACE_OTHER = 3, /* of pods that reroute some: seen, and neither */
+};
+
+/* reroutes: what user space knows of a rerouted interface, by name */
+struct reroute_key {
+	__u64 cookie;
+	char name[16];
+};
+
+struct reroute {
+	__u32 ifindex; /* 0: not seen yet */
+	__u8 changed; /* the two below are what the sysctls were before us */
+	__u8 route_localnet;
+	__u8 arp_announce;
+	__u8 pad;
+};
+
+/* forwarded: a connection of a machine behind the pod that we leave alone */
+struct forwarded_key {
+	__u64 cookie;
+	struct addr machine;
+	struct addr peer;
+	__u16 machine_port;
+	__u16 peer_port;
+	__u32 pad;
 };
 
 /* routes: through which kind of interface a pod's destination is reached */
@@ -207,6 +236,8 @@ struct scratch {
 enum tc_prog {
 	TC_GUARD,
 	TC_INBOUND,
+	TC_REROUTE_IN,
+	TC_REROUTE_OUT,
 };
 
 /* rule_sets: rules_id -> the rules' digest, by which equal ones are found */
@@ -293,6 +324,9 @@ _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
 _Static_assert(sizeof(struct interface_key) == 16, "interface_key");
+_Static_assert(sizeof(struct reroute_key) == 24, "reroute_key");
+_Static_assert(sizeof(struct reroute) == 8, "reroute");
+_Static_assert(sizeof(struct forwarded_key) == 48, "forwarded_key");
 _Static_assert(sizeof(struct route4_key) == 16, "route4_key");
 _Static_assert(sizeof(struct route6_key) == 28, "route6_key");
 _Static_assert(sizeof(struct cidr4_key) == 12, "cidr4_key");

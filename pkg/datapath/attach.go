@@ -25,7 +25,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 	wanted := map[string]bool{progInbound: true}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			if l.Lo {
+			if l.Lo || name == progTCInbound && d.isRerouted(ns.Cookie(), l.Name) {
 				continue
 			}
 			wanted[tcPin(name, l.Index)] = true
@@ -33,6 +33,9 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 				return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
 			}
 		}
+	}
+	if err := d.rerouteInterfaces(ns, network, flags, wanted); err != nil {
+		return err
 	}
 	prog, err := d.loadStub(progInbound, ns.Cookie(), false)
 	if err != nil {
@@ -99,7 +102,7 @@ func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, flags co
 		return attachClsact(ns, l, name, prog)
 	}
 	where := ebpf.AttachTCXEgress
-	if name == progTCInbound {
+	if name == progTCInbound || name == progRerouteIn {
 		where = ebpf.AttachTCXIngress
 	}
 	return replaceOrPin(filepath.Join(d.podDir(ns.Cookie()), tcPin(name, l.Index)), prog, func() (out link.Link, err error) {

@@ -45,6 +45,16 @@ const (
 	connectDirectionDIR_IN  connectDirection = 1
 )
 
+type connectForwardedKey struct {
+	_           structs.HostLayout
+	Cookie      uint64
+	Machine     connectAddr
+	Peer        connectAddr
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type connectHandshakeKey struct {
 	_          structs.HostLayout
 	Cookie     uint64
@@ -75,6 +85,7 @@ type connectInterfaceKind uint32
 const (
 	connectInterfaceKindINTERFACE_EXCLUDED connectInterfaceKind = 1
 	connectInterfaceKindINTERFACE_REROUTED connectInterfaceKind = 2
+	connectInterfaceKindINTERFACE_OTHER    connectInterfaceKind = 3
 )
 
 type connectListenerKey struct {
@@ -143,6 +154,7 @@ const (
 	connectPodFlagsPOD_READY               connectPodFlags = 131072
 	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
 	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
+	connectPodFlagsPOD_REROUTES6           connectPodFlags = 1048576
 )
 
 type connectPodName struct {
@@ -200,7 +212,8 @@ const (
 	connectReasonDIRECT_INTERFACE      connectReason = 26
 	connectReasonDIRECT_OWNER_GROUP    connectReason = 27
 	connectReasonDIRECT_NOT_READY      connectReason = 28
-	connectReasonREASON_MAX            connectReason = 29
+	connectReasonREFUSED_REROUTED      connectReason = 29
+	connectReasonREASON_MAX            connectReason = 30
 )
 
 type connectRecord struct {
@@ -219,6 +232,21 @@ const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
 )
+
+type connectReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type connectRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type connectRoute4Key struct {
 	_          structs.HostLayout
@@ -253,6 +281,8 @@ type connectRuleVerdict uint32
 const (
 	connectRuleVerdictRULE_DIRECT  connectRuleVerdict = 1
 	connectRuleVerdictRULE_CAPTURE connectRuleVerdict = 2
+	connectRuleVerdictRULE_VERDICT connectRuleVerdict = 3
+	connectRuleVerdictRULE_REROUTE connectRuleVerdict = 4
 )
 
 type connectScratch struct {
@@ -293,8 +323,10 @@ type connectTargetKey struct {
 type connectTcProg uint32
 
 const (
-	connectTcProgTC_GUARD   connectTcProg = 0
-	connectTcProgTC_INBOUND connectTcProg = 1
+	connectTcProgTC_GUARD       connectTcProg = 0
+	connectTcProgTC_INBOUND     connectTcProg = 1
+	connectTcProgTC_REROUTE_IN  connectTcProg = 2
+	connectTcProgTC_REROUTE_OUT connectTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -304,6 +336,7 @@ const (
 	connectMapBinders            = "binders"
 	connectMapCidrRules4         = "cidr_rules4"
 	connectMapCidrRules6         = "cidr_rules6"
+	connectMapForwarded          = "forwarded"
 	connectMapHandshakeUse       = "handshake_use"
 	connectMapHandshakes         = "handshakes"
 	connectMapInterfaces         = "interfaces"
@@ -316,6 +349,7 @@ const (
 	connectMapPods               = "pods"
 	connectMapPortRules          = "port_rules"
 	connectMapProxyIds           = "proxy_ids"
+	connectMapReroutes           = "reroutes"
 	connectMapRoutes4            = "routes4"
 	connectMapRoutes6            = "routes6"
 	connectMapRuleSets           = "rule_sets"
@@ -386,6 +420,7 @@ type connectMapSpecs struct {
 	Binders      *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded    *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
 	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
@@ -398,6 +433,7 @@ type connectMapSpecs struct {
 	Pods         *ebpf.MapSpec `ebpf:"pods"`
 	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes     *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -442,6 +478,7 @@ type connectMaps struct {
 	Binders      *ebpf.Map `ebpf:"binders"`
 	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded    *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes   *ebpf.Map `ebpf:"handshakes"`
 	Interfaces   *ebpf.Map `ebpf:"interfaces"`
@@ -454,6 +491,7 @@ type connectMaps struct {
 	Pods         *ebpf.Map `ebpf:"pods"`
 	PortRules    *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes     *ebpf.Map `ebpf:"reroutes"`
 	Routes4      *ebpf.Map `ebpf:"routes4"`
 	Routes6      *ebpf.Map `ebpf:"routes6"`
 	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
@@ -469,6 +507,7 @@ func (m *connectMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.Interfaces,
@@ -481,6 +520,7 @@ func (m *connectMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

@@ -60,6 +60,9 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
 		}
+		if p.Flags&connectPodFlagsPOD_REROUTES != 0 {
+			info.Programs = append(info.Programs, progRerouteIn, progRerouteOut)
+		}
 		var name connectPodName
 		if d.maps["pod_names"].Lookup(cookie, &name) == nil {
 			info.Namespace, info.Name, info.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
@@ -157,7 +160,7 @@ func describeID(kind connectIdKind, value uint32) (name, verdict string) {
 }
 
 func verdictName(v uint32) string {
-	if connectRuleVerdict(v) == connectRuleVerdictRULE_CAPTURE {
+	if connectRuleVerdict(v)&connectRuleVerdictRULE_VERDICT == connectRuleVerdictRULE_CAPTURE {
 		return "capture"
 	}
 	return "direct"

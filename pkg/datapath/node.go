@@ -253,6 +253,10 @@ func removePods(dir string) (int, error) {
 			return len(entries), err
 		}
 	}
+	reroutes, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "reroutes"), nil)
+	if err == nil {
+		defer reroutes.Close()
+	}
 	paths := netns.ByCookie()
 	var errs error
 	for _, e := range entries {
@@ -265,6 +269,9 @@ func removePods(dir string) (int, error) {
 			if ns, err = netns.Open(path); err != nil {
 				ns = nil // it ended meanwhile
 			}
+		}
+		if reroutes != nil {
+			errs = errors.Join(errs, unreroute(reroutes, cookie, ns))
 		}
 		errs = errors.Join(errs, d.detachPod(cookie, ns))
 		if ns != nil {

@@ -61,6 +61,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
+	if err := d.checkReroute(pod, network); err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s: %w", ns.Path(), err)
+	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
@@ -141,6 +144,13 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
 	}
+	six, err := d.nameReroutes(ns, pod.Rules.RerouteInterfaces)
+	if err != nil {
+		return err
+	}
+	if six {
+		value.Flags |= connectPodFlagsPOD_REROUTES6
+	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
@@ -174,15 +184,17 @@ func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err err
 // unenroll takes the programs away first: while the pod's sk_lookup program is
 // attached, a pod that is not in the map is refused everything.
 func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
-	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
+	errs := errors.Join(unreroute(d.maps["reroutes"], cookie, ns), d.detachPod(cookie, ns))
 	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
 		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie }),
+		deleteWhere(d.maps["interfaces"], func(k connectInterfaceKey) bool { return k.Cookie == cookie }),
+		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return k.Cookie == cookie }),
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),
 	)

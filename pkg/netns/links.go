@@ -16,7 +16,8 @@ type Link struct {
 	Name     string
 	Lo       bool
 	Up       bool
-	Ethernet bool // its packets begin with an Ethernet header, not with IP
+	Ethernet bool   // its packets begin with an Ethernet header, not with IP
+	Bridge   string // the bridge that it is a port of
 }
 
 // Network is what a namespace looks like at one moment.
@@ -42,10 +43,15 @@ func (n *NetNS) Inspect() (Network, error) {
 	if err != nil {
 		return Network{}, fmt.Errorf("list the interfaces of %s: %w", n.path, err)
 	}
-	names := map[int]Link{}
+	names, bridges := map[int]Link{}, map[int]string{}
+	for _, l := range links {
+		if l.Type() == "bridge" {
+			bridges[l.Attrs().Index] = l.Attrs().Name
+		}
+	}
 	for _, l := range links {
 		a := l.Attrs()
-		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether"}
+		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether", Bridge: bridges[a.MasterIndex]}
 		names[a.Index] = link
 		out.Links = append(out.Links, link)
 	}
