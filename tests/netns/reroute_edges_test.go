@@ -3,6 +3,7 @@ package netns
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -508,4 +509,45 @@ func TestAMachineIsConnectedToTheProxyAlone(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestAMachinesIPv6IsDroppedWhereThePodHasNone(t *testing.T) {
+	d := kit.Datapath(t)
+	p := newRouter(t)
+	vm := addMachine(t, p)
+	server := p.Far.Listen(kit.Root, "0.0.0.0:80")
+	passesThrough(t, vm, unix.AF_INET, ap(kit.Far4, 80), server)
+	p.Sysctl("ipv6/conf/all/disable_ipv6", "1")
+	p.Enroll(d, rerouting())
+	out, _ := proxyListeners(p)
+	reroutedBehind(t, vm, unix.AF_INET, unix.SOL_IP, ap(kit.Far4, 80), out["0.0.0.0"])
+	if err := vm.SendFrame(toMachine, handMadeSYN(machine6, kit.Far6)); err != nil {
+		t.Fatal(err)
+	}
+	kit.Eventually(t, "the SYN is dropped", func() bool { return p.Stat(d, notRerouted) == 1 })
+}
+
+func TestAMachinesConnectionsOutliveANewDatapath(t *testing.T) {
+	d, opts := ownDatapath(t)
+	p := newRouter(t)
+	vm := addMachine(t, p)
+	server := p.Far.Listen(kit.Root, "0.0.0.0:80")
+	passesThrough(t, vm, unix.AF_INET, ap(kit.Far4, 80), server)
+	p.Enroll(d, rerouting())
+	out, _ := proxyListeners(p)
+	client, accepted := reroutedBehind(t, vm, unix.AF_INET, unix.SOL_IP, ap(kit.Far4, 80), out["0.0.0.0"])
+	client6, accepted6 := reroutedBehind(t, vm, unix.AF_INET6, unix.SOL_IPV6, ap(kit.Far6, 80), out["[::]"])
+	p.Hold(kit.Root) // up looks for namespaces in processes
+	// An enrolment that was cut off before its last step.
+	if err := os.Remove(filepath.Join(opts.Dir, datapath.Layout, "links/pods", fmt.Sprint(p.Cookie()), "inbound")); err != nil {
+		t.Fatal(err)
+	}
+	again, err := datapath.Up(opts)
+	if err != nil {
+		t.Fatal("up again:", err)
+	}
+	defer again.Close()
+	kit.Exchange(t, client, accepted, 1<<20)
+	kit.Exchange(t, client6, accepted6, 1<<20)
+	reroutedBehind(t, vm, unix.AF_INET, unix.SOL_IP, ap(kit.Far4, 81), out["0.0.0.0"])
 }

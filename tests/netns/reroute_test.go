@@ -199,7 +199,7 @@ func TestOfAMachinesTrafficTheIncludesAloneDecide(t *testing.T) {
 			passesThrough(t, vm, f.socket, ap(other, 80), server)
 			passesThrough(t, vm, f.socket, ap(f.inner, 8080), app)
 
-			p.Enroll(d, rerouting(func(r *rules.Rules) {
+			p.Enroll(d, kit.ByTC, rerouting(func(r *rules.Rules) {
 				r.IncludeOutboundCIDRs = rules.CIDRs{List: lists[f.name]}
 				r.ExcludeOutboundCIDRs = excluded // counts for the pod, not for the machine
 				r.ExcludeOutboundPorts = []uint16{80}
@@ -314,6 +314,16 @@ func TestAConnectionFromWhereTheMachineHasCalledIsNotRerouted(t *testing.T) {
 			out, _ := proxyListeners(p)
 			client, accepted := reroutedBehind(t, vm, f.socket, f.level, ap(f.far, 8000), out[f.wildcard])
 			kit.Exchange(t, oldServer, old, 1<<20) // opened before: the far end speaks first
+
+			// A stray segment, as if the far end had such a connection itself.
+			stray := kit.Segment(ap(f.far, 8000), client.Name(), kit.ACK, "")
+			if err := p.Far.SendRaw(kit.IP(f.far, f.machine, unix.IPPROTO_TCP, stray)); err != nil {
+				t.Fatal(err)
+			}
+			if err := ping(p.Far, f.socket, f.machine); err != nil { // it has arrived
+				t.Fatal(err)
+			}
+			kit.Exchange(t, client, accepted, 1<<20)
 
 			for _, from := range []*kit.NS{p.Far, p.NS} {
 				local := f.far

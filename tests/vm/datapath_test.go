@@ -21,7 +21,8 @@ const (
 // little about a kernel and take long under emulation.
 const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
 	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
-	"OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort"
+	"OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort|" +
+	"MachineBehind|MachineHasCalled|TheIncludesAlone|ThePodsLoopback|ARerouterAsks|ComesAfterEnrolment"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
