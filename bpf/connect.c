@@ -22,6 +22,9 @@
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 #define ECONNREFUSED 111
+#define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
+#define SO_MARK 36
 
 /* Where a captured connect goes instead. */
 struct choice {
@@ -56,8 +59,8 @@ static __always_inline __be32 spread4(const struct addr *dst, __u16 port)
  * MPTCP) ask the kernel; the source port 0 tells our own sk_lookup program that
  * this is a question, not a packet.
  */
-static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const struct pod *pod,
-					     __u16 port)
+static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, __u64 cookie,
+					     const struct pod *pod, __u16 port)
 {
 	struct bpf_sock_tuple tuple = {
 		.ipv4 = { .daddr = bpf_htonl(SPREAD4 | 1), .dport = bpf_htons(port) },
@@ -65,7 +68,7 @@ static __always_inline bool accepts_anywhere(struct bpf_sock_addr *ctx, const st
 	struct bpf_sock *sk;
 	bool yes = false;
 
-	if (pod->flags & (port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE))
+	if (is_fact(cookie, assignable(pod, port)))
 		return true;
 	sk = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
@@ -134,6 +137,23 @@ static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
 	return reason == CAPTURED_SELF ? pod->in_port : pod->out_port;
 }
 
+/* A call from a client's address goes out by lo, so that the inbound program sees
+ * that it came from within: otherwise the kernel names the interface that has the
+ * address called, as for a packet from the network. The mark leads there, and the
+ * app's answers back.
+ */
+static __always_inline bool send_by_lo(struct bpf_sock_addr *ctx, const struct call *call)
+{
+	int mark = SLUICE_TPROXY_MARK;
+	char lo[] = "lo";
+
+	if (call->mark != SLUICE_TPROXY_MARK &&
+	    bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
+		return false;
+	return call->ifindex == LOOPBACK_IFINDEX ||
+	       !bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo));
+}
+
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
 					       struct choice *to)
 {
@@ -163,6 +183,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	call.cookie = cookie;
 	call.dst = *dst;
 	call.ifindex = sk->bound_dev_if;
+	call.mark = sk->mark;
 	addr_of_sock(&call.src, sk);
 	reason = decide_out(pod, &call);
 	captured = is_captured(reason);
@@ -171,6 +192,10 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		reason = LEFT_TO_KERNEL;
 		refused = true;
 	} else if (captured && is_ours(pod, dst, dport)) { /* would stand for itself */
+		reason = REFUSED_LOOP;
+		refused = true;
+	} else if (reason == DIRECT_PROXY_SOURCE && is_foreign(&call) && !send_by_lo(ctx, &call)) {
+		/* it would come back to the proxy */
 		reason = REFUSED_LOOP;
 		refused = true;
 	}
@@ -183,7 +208,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		to->port = port_of(pod, reason);
 		/* The DNS proxy listens on 127.0.0.1, and has few connections. */
 		anywhere = addr_is4(dst) && reason != CAPTURED_DNS &&
-			   accepts_anywhere(ctx, pod, to->port);
+			   accepts_anywhere(ctx, cookie, pod, to->port);
 		if (anywhere && addr_is_any(&call.src) && by_target(sk, cookie, dst, dport, to)) {
 			count(cookie, reason);
 			return REWRITE;

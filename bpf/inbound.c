@@ -85,8 +85,6 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 					 const struct pod *pod, const struct addr *local,
 					 const struct addr *remote)
 {
-	__u32 assignable;
-
 	if (!is_capture_port(pod, ctx->local_port))
 		return SK_PASS;
 	if (!announced(ctx, this->cookie, local, remote)) {
@@ -96,8 +94,7 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 	if (assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_TO_ALL) ||
 	    assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_ON_LOOPBACK))
 		return SK_PASS;
-	assignable = ctx->local_port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
-	if (addr_is4(local) && pod->flags & assignable) {
+	if (addr_is4(local) && is_fact(this->cookie, assignable(pod, ctx->local_port))) {
 		count_packet(this, REFUSED_NO_LISTENER); /* not to a stranger in its place */
 		return SK_DROP;
 	}
@@ -134,12 +131,22 @@ static __always_inline int from_rerouted(struct bpf_sk_lookup *ctx, const struct
  * outside has one of ours (IPv4 drops martian sources; over IPv6 the answer to
  * one would never leave the pod).
  */
-static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, __u64 cookie,
-					  const struct addr *remote)
+static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					  __u64 cookie, const struct addr *remote)
 {
 	if (have_ingress_ifindex && ctx->ingress_ifindex == LOOPBACK_IFINDEX)
 		return true;
-	return addr_is_loopback(remote) || own_addr(&own_addrs, cookie, remote);
+	return addr_is_loopback(remote) || is_own(pod, cookie, remote);
+}
+
+/* Kernels that do not say where a packet came in enrol no pod that excludes
+ * interfaces.
+ */
+static __always_inline bool by_excluded(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					__u64 cookie)
+{
+	return have_ingress_ifindex && pod->flags & POD_HAS_INTERFACES &&
+	       interface_kind(cookie, ctx->ingress_ifindex) == INTERFACE_EXCLUDED;
 }
 
 static __always_inline void read_addrs(struct bpf_sk_lookup *ctx, struct addr *local,
@@ -187,8 +194,12 @@ int inbound(struct bpf_sk_lookup *ctx)
 	}
 	if (addr_is_loopback(&local))
 		return from_loopback(ctx, this, pod, &local, &remote);
-	if (over_loopback(ctx, this->cookie, &remote))
+	if (over_loopback(ctx, pod, this->cookie, &remote))
 		return SK_PASS;
+	if (by_excluded(ctx, pod, this->cookie)) {
+		count_packet(this, DIRECT_INTERFACE); /* I0 */
+		return SK_PASS;
+	}
 	if (!captured_in(pod, ctx->local_port)) {
 		count_packet(this, DIRECT_PORT_IN);
 		return SK_PASS;

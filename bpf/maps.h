@@ -17,6 +17,18 @@ struct {
 	__type(value, struct pod);
 } pods SEC(".maps");
 
+/* What is found out of the pods. Written by user space at enrolment and by
+ * sockops as the proxy listens; read by connect and sk_lookup. Full: the pod is
+ * not enrolled; sockops' facts cost a lookup per connect where they are missing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct pod_fact_key);
+	__type(value, __u32); /* says nothing */
+} pod_facts SEC(".maps");
+
 /* Names of enrolled pods, for people. User space only. Full: as pods. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -25,6 +37,17 @@ struct {
 	__type(key, __u64);
 	__type(value, struct pod_name);
 } pod_names SEC(".maps");
+
+/* What the plugin attached, so that DEL finds the namespace without its path and
+ * without the daemon. User space only. Full: ADD fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct attachment_key);
+	__type(value, struct attachment);
+} attachments SEC(".maps");
 
 /* The addresses of a pod. Written by user space from the namespace itself;
  * read by the connect hooks and, on kernels without ingress_ifindex, by
@@ -81,9 +104,21 @@ struct {
 	__type(value, enum rule_verdict);
 } cidr_rules6 SEC(".maps");
 
-/* The excluded and rerouted interfaces of the pods that have any. Written by
- * user space, kept current from the namespace; read by connect, sk_lookup and
- * TC. Full: enrolment fails.
+/* The interfaces that a pod's rules name, whether they are there or not: what
+ * user space needs to keep interfaces and routes current. User space only. Full:
+ * enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct interface_name);
+	__type(value, enum interface_kind);
+} interface_names SEC(".maps");
+
+/* The excluded and rerouted interfaces of the pods that have any, and those that
+ * carry excluded ones. Written by user space, kept current from the namespace;
+ * read by connect, sk_lookup and TC. Full: enrolment fails.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -118,9 +153,11 @@ struct {
 	__type(value, __u8);
 } forwarded SEC(".maps");
 
-/* The routing tables of the pods that exclude interfaces, for connect programs
- * may not ask the kernel's. Written by user space, kept current from the
- * namespace; read by connect. Full: enrolment fails.
+/* What the routing tables of pods that exclude interfaces say, for connect
+ * programs may not ask the kernel's; of other pods just the local prefixes.
+ * Routes that make no difference are left out. Written by user space, kept
+ * current from the namespace; read by connect, sk_lookup and TC. Full: enrolment
+ * fails, and a change of routes is not followed.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);

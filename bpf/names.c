@@ -18,6 +18,14 @@ enum which {
 	NAME,
 };
 
+/* A proxy in TPROXY mode asks its own socket where a connection was going, also
+ * where the pod called itself.
+ */
+static __always_inline bool names_target(const struct pod *pod, enum which which)
+{
+	return which == NAME && pod->flags & POD_TPROXY;
+}
+
 /* An end of a connection that came about by the address book. */
 static __always_inline bool shown_by_target(struct bpf_sock_addr *ctx, enum which which,
 					    struct addr *addr, __u16 *port)
@@ -40,6 +48,14 @@ static __always_inline bool shown_by_target(struct bpf_sock_addr *ctx, enum whic
 		*port = t->port;
 		return true;
 	}
+	if (!t && names_target(pod, which) && ctx->sk->src_port == pod->in_port) {
+		t = target_of_end(pod, cookie, local, ctx->sk->src_port);
+		if (!t)
+			return false;
+		*addr = t->dst;
+		*port = t->port;
+		return true;
+	}
 	if (!t && which == PEER) /* the proxy's peer */
 		t = target_of_end(pod, cookie, local, ctx->sk->src_port);
 	if (t && addr_is_loopback(addr))
@@ -54,12 +70,20 @@ static __always_inline bool shown_by_record(struct bpf_sock_addr *ctx, enum whic
 					    struct addr *addr, __u16 *port)
 {
 	struct record *rec = bpf_sk_storage_get(&orig_dst, ctx->sk, 0, 0);
-	bool client;
+	bool client, destination;
+	struct pod *pod;
+	__u64 cookie;
 
 	if (!rec || !is_captured(rec->reason))
 		return false;
 	client = !(rec->flags & RECORD_ACCEPTED);
-	if (client && which == PEER) {
+	destination = client && which == PEER;
+	if (!client && rec->reason == CAPTURED_SELF) {
+		cookie = bpf_get_netns_cookie(ctx);
+		pod = bpf_map_lookup_elem(&pods, &cookie);
+		destination = pod && names_target(pod, which);
+	}
+	if (destination) {
 		*addr = rec->dst;
 		*port = rec->dport;
 		return true;

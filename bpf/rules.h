@@ -7,6 +7,7 @@
 
 #include <linux/in.h>
 #include "addr.h"
+#include "config.h"
 #include "maps.h"
 
 #define PORT_HBONE 15008 /* the mesh's own tunnel: never captured */
@@ -53,6 +54,32 @@ static __always_inline __u32 proxy_flags(__u32 rules_id, __u32 uid, __u32 gid)
 		struct binder *b_ = bpf_sk_storage_get(&binders, (sk), 0, 0); \
 		b_ &&proxy_flags((pod)->rules_id, b_->uid, b_->gid);          \
 	})
+
+/* What user space noted of an MPTCP socket stands on the msk, not on the subflow
+ * that listens.
+ */
+static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *pod)
+{
+	struct mptcp_sock *msk;
+
+	if (!have_mptcp_sock || bpf_sk_storage_get(&binders, sk, 0, 0))
+		return BOUND_BY_PROXY(sk, pod);
+	msk = bpf_skc_to_mptcp_sock(sk);
+	return msk && BOUND_BY_PROXY(msk, pod);
+}
+
+static __always_inline bool is_fact(__u64 cookie, enum pod_fact fact)
+{
+	struct pod_fact_key key = { .cookie = cookie, .fact = fact };
+
+	return bpf_map_lookup_elem(&pod_facts, &key);
+}
+
+/* Of one of the two capture ports. */
+static __always_inline enum pod_fact assignable(const struct pod *pod, __u16 port)
+{
+	return port == pod->out_port ? FACT_OUT_ASSIGNABLE : FACT_IN_ASSIGNABLE;
+}
 
 /* What the ranges hold of an address. */
 static __always_inline __u32 cidr_value(const struct pod *pod, const struct addr *dst)
@@ -123,6 +150,7 @@ struct call {
 	__u16 port;
 	__u8 protocol;
 	__u32 ifindex; /* SO_BINDTODEVICE; 0: none */
+	__u32 mark; /* SO_MARK */
 };
 
 static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 ifindex)
@@ -133,29 +161,45 @@ static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 if
 	return kind ? *kind : 0;
 }
 
-/* Would the kernel send it out through an excluded interface? */
-static __always_inline bool leaves_by_excluded(const struct call *c, bool local)
+/* By which kind of route an address is reached. 0: none says anything. */
+static __always_inline enum route_kind route_kind(const struct pod *pod, __u64 cookie,
+						  const struct addr *a)
 {
 	enum route_kind *kind;
 
+	if (!(pod->flags & (POD_HAS_INTERFACES | POD_HAS_LOCALS)))
+		return 0; /* most pods */
+	if (addr_is4(a)) {
+		struct route4_key key = { .prefixlen = 96, .cookie_low = cookie };
+
+		key.cookie_high = cookie >> 32;
+		__builtin_memcpy(key.addr, a->b + 12, 4);
+		kind = bpf_map_lookup_elem(&routes4, &key);
+	} else {
+		struct route6_key key = { .prefixlen = 192, .cookie_low = cookie };
+
+		key.cookie_high = cookie >> 32;
+		__builtin_memcpy(key.addr, a->b, 16);
+		kind = bpf_map_lookup_elem(&routes6, &key);
+	}
+	return kind ? *kind : 0;
+}
+
+/* Is it one of the pod's own addresses, by itself or in a local prefix? */
+static __always_inline bool is_own(const struct pod *pod, __u64 cookie, const struct addr *a)
+{
+	return own_addr(&own_addrs, cookie, a) || route_kind(pod, cookie, a) == ROUTE_LOCAL;
+}
+
+/* Would the kernel send it out through an excluded interface? */
+static __always_inline bool leaves_by_excluded(const struct call *c, bool local,
+					       enum route_kind route)
+{
 	if (local)
 		return interface_kind(c->cookie, LOOPBACK_IFINDEX) == INTERFACE_EXCLUDED;
 	if (c->ifindex)
 		return interface_kind(c->cookie, c->ifindex) == INTERFACE_EXCLUDED;
-	if (addr_is4(&c->dst)) {
-		struct route4_key key = { .prefixlen = 96, .cookie_low = c->cookie };
-
-		key.cookie_high = c->cookie >> 32;
-		__builtin_memcpy(key.addr, c->dst.b + 12, 4);
-		kind = bpf_map_lookup_elem(&routes4, &key);
-	} else {
-		struct route6_key key = { .prefixlen = 192, .cookie_low = c->cookie };
-
-		key.cookie_high = c->cookie >> 32;
-		__builtin_memcpy(key.addr, c->dst.b, 16);
-		kind = bpf_map_lookup_elem(&routes6, &key);
-	}
-	return kind && *kind == ROUTE_EXCLUDED;
+	return route == ROUTE_EXCLUDED;
 }
 
 static __always_inline bool owner_is_direct(const struct pod *pod, __u32 gid)
@@ -169,64 +213,9 @@ static __always_inline bool owner_is_direct(const struct pod *pod, __u32 gid)
 }
 
 /* In proxy-ready mode, before the proxy has listened. */
-static __always_inline bool goes_without(const struct pod *pod)
+static __always_inline bool goes_without(const struct pod *pod, __u64 cookie)
 {
-	return (pod->flags & (POD_WHEN_READY | POD_READY)) == POD_WHEN_READY;
-}
-
-/* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
- * with POD_DNS.
- */
-static __always_inline enum reason decide_out(const struct pod *pod, const struct call *c)
-{
-	enum own_kind own = own_kind(&own_addrs, c->cookie, &c->dst);
-	bool local = addr_is_loopback(&c->dst) || own == OWN_ADDR;
-	bool dns = pod->flags & POD_DNS && c->port == PORT_DNS;
-	bool tcp = c->protocol == IPPROTO_TCP;
-	bool lo = is_lo_address(pod, &c->dst);
-	enum rule_verdict by_address, by_port = 0;
-	__u32 proxy, uid, gid;
-	__u64 id;
-
-	if (!addr_is_unicast(&c->dst) || own == OWN_BROADCAST)
-		return LEFT_TO_KERNEL;
-	if (!local && addr_is_any(addr_is4(&c->dst) ? &pod->addr4 : &pod->addr6) &&
-	    !addr_is_link_local6(&c->dst))
-		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
-	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local))
-		return DIRECT_INTERFACE; /* O0 */
-	if (pod->flags & POD_OUT_HAS_PORTS)
-		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);
-	if (by_port == RULE_DIRECT)
-		return DIRECT_PORT_OUT; /* O1 */
-	id = bpf_get_current_uid_gid();
-	uid = id;
-	gid = id >> 32;
-	proxy = proxy_flags(pod->rules_id, uid, gid);
-	if (tcp && local && is_capture_port(pod, c->port) &&
-	    (proxy || addr_is_proxy_source(&c->src)))
-		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
-	if (local && addr_is_proxy_source(&c->src))
-		return DIRECT_PROXY_SOURCE; /* O2 */
-	if (tcp && local && !lo && c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
-		return CAPTURED_SELF; /* O3, O6 */
-	if (local && !dns && !(pod->flags & POD_LOCAL_CAPTURABLE))
-		return lo ? DIRECT_LOOPBACK : DIRECT_LOCAL; /* O4, O7 */
-	if (proxy)
-		return DIRECT_PROXY; /* O5, O8 */
-	if (owner_is_direct(pod, gid))
-		return DIRECT_OWNER_GROUP; /* O9 */
-	if (dns)
-		return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_DNS; /* O10 */
-	if (lo)
-		return DIRECT_LOOPBACK; /* O11 */
-	by_address = cidr_rule(pod, &c->dst);
-	if (by_address == RULE_DIRECT)
-		return DIRECT_CIDR; /* O12 */
-	if (by_port != RULE_CAPTURE && by_address != RULE_CAPTURE &&
-	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
-		return DIRECT_CIDR;
-	return goes_without(pod) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
+	return pod->flags & POD_WHEN_READY && is_fact(cookie, FACT_WAITING);
 }
 
 /* Inbound: is a connection to this port of the pod the proxy's? */
@@ -240,6 +229,91 @@ static __always_inline bool captured_in(const struct pod *pod, __u16 port)
 	if (pod->flags & POD_IN_DEFAULT_CAPTURE)
 		return verdict != RULE_DIRECT; /* I2, I3 */
 	return verdict == RULE_CAPTURE;
+}
+
+/* Bound to an address that is neither the pod's nor the proxy's own source. */
+static __always_inline bool is_foreign(const struct call *c)
+{
+	return !addr_is_any(&c->src) && !addr_is_loopback(&c->src) &&
+	       !addr_is_proxy_source(&c->src) && !own_addr(&own_addrs, c->cookie, &c->src);
+}
+
+/* In TPROXY mode the proxy calls the app for a client: from the client's address,
+ * or, where that is the pod's own, with the mark that says so.
+ */
+static __always_inline bool is_for_client(const struct pod *pod, const struct call *c)
+{
+	return pod->flags & POD_TPROXY && (c->mark == SLUICE_TPROXY_MARK || is_foreign(c));
+}
+
+/* O3, O6: does the proxy call a service that it is itself in front of? In TPROXY
+ * mode that is asked of any of its identities, of the ports that are captured
+ * inbound; and, as ever, of the first one for all ports.
+ */
+static __always_inline bool is_self_call(const struct pod *pod, const struct call *c, __u32 proxy,
+					 bool dns)
+{
+	if (c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
+		return true;
+	return pod->flags & POD_TPROXY && proxy && captured_in(pod, c->port);
+}
+
+/* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
+ * with POD_DNS.
+ */
+static __always_inline enum reason decide_out(const struct pod *pod, const struct call *c)
+{
+	enum own_kind own = own_kind(&own_addrs, c->cookie, &c->dst);
+	enum route_kind route = route_kind(pod, c->cookie, &c->dst);
+	bool local = addr_is_loopback(&c->dst) || own == OWN_ADDR || route == ROUTE_LOCAL;
+	bool dns = pod->flags & POD_DNS && c->port == PORT_DNS;
+	bool tcp = c->protocol == IPPROTO_TCP;
+	bool lo = is_lo_address(pod, &c->dst);
+	enum rule_verdict by_address, by_port = 0;
+	__u32 proxy, uid, gid;
+	__u64 id;
+
+	if (!addr_is_unicast(&c->dst) || own == OWN_BROADCAST)
+		return LEFT_TO_KERNEL;
+	if (!local && addr_is_any(addr_is4(&c->dst) ? &pod->addr4 : &pod->addr6) &&
+	    !addr_is_link_local6(&c->dst))
+		return LEFT_TO_KERNEL; /* no address of this family: ENETUNREACH, as ever */
+	id = bpf_get_current_uid_gid();
+	uid = id;
+	gid = id >> 32;
+	if (tcp && local && is_for_client(pod, c) && proxy_flags(pod->rules_id, uid, gid))
+		return is_capture_port(pod, c->port) ? REFUSED_LOOP : DIRECT_PROXY_SOURCE;
+	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local, route))
+		return DIRECT_INTERFACE; /* O0 */
+	if (pod->flags & POD_OUT_HAS_PORTS)
+		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);
+	if (by_port == RULE_DIRECT)
+		return DIRECT_PORT_OUT; /* O1 */
+	proxy = proxy_flags(pod->rules_id, uid, gid);
+	if (tcp && local && is_capture_port(pod, c->port) &&
+	    (proxy || addr_is_proxy_source(&c->src)))
+		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
+	if (local && addr_is_proxy_source(&c->src))
+		return DIRECT_PROXY_SOURCE; /* O2 */
+	if (tcp && local && !lo && is_self_call(pod, c, proxy, dns))
+		return CAPTURED_SELF; /* O3, O6 */
+	if (local && !dns && !(pod->flags & POD_LOCAL_CAPTURABLE))
+		return lo ? DIRECT_LOOPBACK : DIRECT_LOCAL; /* O4, O7 */
+	if (proxy)
+		return DIRECT_PROXY; /* O5, O8 */
+	if (owner_is_direct(pod, gid))
+		return DIRECT_OWNER_GROUP; /* O9 */
+	if (dns)
+		return goes_without(pod, c->cookie) ? DIRECT_NOT_READY : CAPTURED_DNS; /* O10 */
+	if (lo)
+		return DIRECT_LOOPBACK; /* O11 */
+	by_address = cidr_rule(pod, &c->dst);
+	if (by_address == RULE_DIRECT)
+		return DIRECT_CIDR; /* O12 */
+	if (by_port != RULE_CAPTURE && by_address != RULE_CAPTURE &&
+	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
+		return DIRECT_CIDR;
+	return goes_without(pod, c->cookie) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
 }
 
 static __always_inline bool is_captured(enum reason reason)

@@ -11,6 +11,7 @@
 
 #define SLUICE_MAX_PODS 1024
 #define SLUICE_LISTENER_SLOTS 64
+#define SLUICE_TPROXY_MARK 1337 /* of the proxy's calls for a client, and of their answers */
 
 struct addr {
 	__u8 b[16];
@@ -30,7 +31,7 @@ enum reason {
 	DIRECT_PORT_OUT, /* port in excludeOutboundPorts */
 	DIRECT_CIDR, /* address excluded, or not included */
 	DIRECT_LOCAL, /* an app calls its own pod */
-	DIRECT_PROXY_SOURCE, /* the proxy calls the app from 127.0.0.6 or ::6 */
+	DIRECT_PROXY_SOURCE, /* the proxy calls the app from 127.0.0.6, ::6 or, by TPROXY, for a client */
 	DIRECT_LOOPBACK, /* 127.0.0.1 or ::1 */
 	DIRECT_PORT_IN, /* inbound port not captured */
 	LEFT_TO_KERNEL, /* no address of that family, or not a unicast address */
@@ -54,6 +55,7 @@ enum reason {
 	DIRECT_INTERFACE, /* through an excluded interface */
 	DIRECT_OWNER_GROUP, /* the caller's group is not one to capture */
 	DIRECT_NOT_READY, /* the proxy has not listened yet, and the pod may go without */
+	GUARD_OTHER_INTERFACE, /* direct for an excluded interface, and leaves by another */
 	REFUSED_REROUTED, /* came in through a rerouted interface, and cannot be rerouted */
 	REASON_MAX,
 };
@@ -69,21 +71,37 @@ enum pod_flags {
 	POD_TCX = 1 << 10, /* TC programs by TCX link, otherwise by clsact filter */
 	POD_ADDED_SOURCE6 = 1 << 11, /* enrolment added ::6 to lo */
 	POD_OUT_HAS_PORTS = 1 << 7, /* port_rules has outbound entries for rules_id */
-	/* set and cleared by sockops and user space as the proxy listens: an IPv4
-	 * listener of its on that port is, or was, in listeners, so that sk_lookup
-	 * can give it what is sent to any loopback address
-	 */
-	POD_OUT_ASSIGNABLE = 1 << 8,
-	POD_IN_ASSIGNABLE = 1 << 9,
 	POD_DNS = 1 << 12, /* port 53 goes to dns_port */
 	POD_HAS_OWNERS = 1 << 13, /* proxy_ids has owner groups for rules_id */
 	POD_OWNERS_DIRECT = 1 << 14, /* verdict of a group that is not among them */
 	POD_HAS_INTERFACES = 1 << 15, /* interfaces and routes have entries of the pod */
 	POD_WHEN_READY = 1 << 16, /* capture outbound only once the proxy has listened */
-	POD_READY = 1 << 17, /* it has; set by sockops and user space, never cleared */
 	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
 	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
-	POD_REROUTES6 = 1 << 20, /* the address book's IPv6 prefix is on lo */
+	POD_HAS_LOCALS = 1 << 20, /* routes has local prefixes of the pod */
+	POD_REROUTES6 = 1 << 21, /* the address book's IPv6 prefix is on lo */
+};
+
+/* pod_facts: what is found out of a pod while it runs, by sockops and by user
+ * space. Each is an entry of its own that is there or not, so that no writer
+ * undoes what another one has noted meanwhile; user space alone writes pods.
+ */
+enum pod_fact {
+	/* The proxy has never listened on the outbound port. Made at the first
+	 * enrolment, never again: without it a connection is captured.
+	 */
+	FACT_WAITING = 1,
+	/* An IPv4 listener of the proxy's on that port is, or was, in listeners, so
+	 * that sk_lookup can give it what is sent to any loopback address.
+	 */
+	FACT_OUT_ASSIGNABLE,
+	FACT_IN_ASSIGNABLE,
+};
+
+struct pod_fact_key {
+	__u64 cookie;
+	enum pod_fact fact;
+	__u32 pad;
 };
 
 /* pods: netns cookie -> pod */
@@ -95,7 +113,7 @@ struct pod {
 	__u16 out_port; /* the proxy's outbound listener */
 	__u16 in_port; /* the proxy's inbound listener */
 	__u16 dns_port; /* the DNS proxy, with POD_DNS */
-	__u16 pad;
+	__u16 way_back; /* what user space added to the namespace for POD_TPROXY */
 	__be32 loopback_net; /* what counts as 127.0.0.1 */
 	__be32 loopback_mask;
 };
@@ -105,6 +123,26 @@ struct pod_name {
 	char namespace[64];
 	char name[256];
 	char uid[40];
+};
+
+/* attachments: what the plugin attached -> the namespace it is about. The key is
+ * made of hashes: of the network's name, and of container and interface.
+ */
+struct attachment_key {
+	__u64 network;
+	__u8 interface[24];
+};
+
+enum attachment_flags {
+	ATTACHMENT_PROVISIONAL = 1 << 0, /* decided without the daemon, which is to judge again */
+};
+
+struct attachment {
+	__u64 cookie;
+	enum attachment_flags flags;
+	char network[64]; /* the names for people, cut where they are longer */
+	char container[72];
+	char interface[20];
 };
 
 enum own_kind {
@@ -166,7 +204,16 @@ struct interface_key {
 enum interface_kind {
 	INTERFACE_EXCLUDED = 1,
 	INTERFACE_REROUTED = 2,
-	INTERFACE_OTHER = 3, /* of pods that reroute some: seen, and neither */
+	INTERFACE_CARRIER = 3, /* an excluded one stands upon it: a VLAN, a bridge */
+	INTERFACE_OTHER = 4, /* of pods that reroute some: seen, and none of these */
+};
+
+/* interface_names: which interfaces a pod's rules name, there or not. The value
+ * is an enum interface_kind.
+ */
+struct interface_name {
+	__u64 cookie;
+	char name[16];
 };
 
 /* reroutes: what user space knows of a rerouted interface, by name */
@@ -211,6 +258,7 @@ struct route6_key {
 enum route_kind {
 	ROUTE_OTHER = 1,
 	ROUTE_EXCLUDED = 2, /* out through an excluded interface */
+	ROUTE_LOCAL = 3, /* over lo: all of the prefix is the pod's own */
 };
 
 struct cidr4_key {
@@ -320,6 +368,9 @@ struct stat_key {
 };
 
 _Static_assert(sizeof(struct pod) == 56, "pod");
+_Static_assert(sizeof(struct attachment_key) == 32, "attachment_key");
+_Static_assert(sizeof(struct attachment) == 168, "attachment");
+_Static_assert(sizeof(struct pod_fact_key) == 16, "pod_fact_key");
 _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
@@ -327,6 +378,7 @@ _Static_assert(sizeof(struct interface_key) == 16, "interface_key");
 _Static_assert(sizeof(struct reroute_key) == 24, "reroute_key");
 _Static_assert(sizeof(struct reroute) == 8, "reroute");
 _Static_assert(sizeof(struct forwarded_key) == 48, "forwarded_key");
+_Static_assert(sizeof(struct interface_name) == 24, "interface_name");
 _Static_assert(sizeof(struct route4_key) == 16, "route4_key");
 _Static_assert(sizeof(struct route6_key) == 28, "route6_key");
 _Static_assert(sizeof(struct cidr4_key) == 12, "cidr4_key");

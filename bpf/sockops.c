@@ -173,6 +173,32 @@ static __always_inline void on_proxy_accept(struct bpf_sock_ops *ctx)
 	remove_handshake(&key);
 }
 
+/* The proxy listens, and not on loopback alone as istio-validation does: from now
+ * on outbound is captured. Whether a map can hold the listener, or the connection
+ * is of its family, does not matter: what it does not take is refused.
+ */
+static __always_inline void on_ready(__u64 cookie)
+{
+	struct pod_fact_key key = { .cookie = cookie, .fact = FACT_WAITING };
+
+	bpf_map_delete_elem(&pod_facts, &key);
+}
+
+static __always_inline void set_assignable(const struct listener_key *listener,
+					   const struct pod *pod, bool yes)
+{
+	struct pod_fact_key key = {
+		.cookie = listener->cookie,
+		.fact = assignable(pod, listener->port),
+	};
+	__u32 nothing = 0;
+
+	if (yes)
+		bpf_map_update_elem(&pod_facts, &key, &nothing, BPF_ANY);
+	else
+		bpf_map_delete_elem(&pod_facts, &key);
+}
+
 /* Only the proxy's listeners, or anyone in the pod could take its traffic or
  * stop it: bound by the proxy's UID or GID, on a wildcard or an address of the
  * pod.
@@ -181,7 +207,6 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 {
 	struct listener_key key = {};
 	struct bpf_sock *sk = ctx->sk;
-	__u32 assignable;
 	struct addr local;
 	struct pod *pod;
 	long err;
@@ -193,26 +218,28 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	pod = bpf_map_lookup_elem(&pods, &key.cookie);
 	if (!pod || !is_capture_port(pod, ctx->local_port))
 		return;
-	if (!BOUND_BY_PROXY(sk, pod))
-		return;
+	if (!proxys_own(sk, pod))
+		return; /* a stranger's */
+	key.port = ctx->local_port;
+	key.family = ctx->family;
 	local_addr(ctx, &local);
 	if (addr_is_loopback(&local))
 		key.scope = LISTENS_ON_LOOPBACK;
-	else if (!addr_is_any(&local) && !own_addr(&own_addrs, key.cookie, &local))
-		return;
-	key.port = ctx->local_port;
-	key.family = ctx->family;
-	assignable = key.port == pod->out_port ? POD_OUT_ASSIGNABLE : POD_IN_ASSIGNABLE;
+	else if (key.port == pod->out_port)
+		on_ready(key.cookie);
+	if (key.scope == LISTENS_TO_ALL && !addr_is_any(&local) &&
+	    !own_addr(&own_addrs, key.cookie, &local))
+		return; /* an address that the pod has not */
 	for (i = 0; i < SLUICE_LISTENER_SLOTS; i++) {
 		key.slot = i;
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
 		if (!err) {
 			if (key.family == AF_INET) /* an AF_INET6 one may be V6ONLY */
-				__sync_fetch_and_or(&pod->flags, assignable);
+				set_assignable(&key, pod, true);
 			return;
 		}
 		if (err == -EOPNOTSUPP) {
-			__sync_fetch_and_and(&pod->flags, ~assignable);
+			set_assignable(&key, pod, false);
 			count(key.cookie, LISTENER_NOT_MAPPABLE);
 			return;
 		}

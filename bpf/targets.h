@@ -43,7 +43,7 @@ static __always_inline const struct addr *target_source(const struct pod *pod, _
 {
 	if (addr_is_loopback(&t->dst))
 		return 0;
-	if (own_addr(&own_addrs, cookie, &t->dst))
+	if (is_own(pod, cookie, &t->dst))
 		return &t->dst;
 	return addr_is_any(&pod->addr4) ? 0 : &pod->addr4;
 }

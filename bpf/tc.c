@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Called by the stubs on every interface of a pod but lo.
+/* Called by the stubs on every interface of a pod but lo and the excluded ones.
  *
  * guard (egress) stops a SYN that no connect hook has judged: it does not
  * decide rules again, it wants a verdict. tc_inbound (ingress, --inbound=tc)
@@ -67,13 +67,28 @@ static __always_inline bool may_be_forwarded(__u64 cookie, __u32 ifindex, const 
 	return kind == INTERFACE_REROUTED ? !is_rerouted(pod, dst) : kind;
 }
 
+/* A connection that was let go because it leaves by an excluded interface comes
+ * past no guard, unless that interface stands upon this one (or was excluded a
+ * moment ago). Otherwise the routes changed meanwhile, or are not those that we
+ * know of: stop it.
+ */
+static __always_inline bool leaves_here(const struct record *rec, __u64 cookie, __u32 ifindex)
+{
+	enum interface_kind kind;
+
+	if (rec->reason != DIRECT_INTERFACE)
+		return true;
+	kind = interface_kind(cookie, ifindex);
+	return kind == INTERFACE_CARRIER || kind == INTERFACE_EXCLUDED;
+}
+
 SEC("tc")
 int guard(struct __sk_buff *skb)
 {
 	struct scratch *this = this_cpu();
 	struct packet p = {};
 	struct bpf_sock *sk;
-	struct record *rec;
+	struct record *rec = 0;
 	enum parsed what;
 	__u64 cookie;
 
@@ -98,26 +113,14 @@ int guard(struct __sk_buff *skb)
 	}
 	if (sk) {
 		rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
-		if (rec && is_direct(rec->reason))
+		if (rec && is_direct(rec->reason) && leaves_here(rec, cookie, skb->ifindex))
 			return NEXT;
 	}
 	if (!bpf_map_lookup_elem(&pods, &cookie))
 		return NEXT; /* not enrolled any more: nobody gives verdicts */
-	count(cookie, GUARD_NO_VERDICT);
+	count(cookie,
+	      rec && rec->reason == DIRECT_INTERFACE ? GUARD_OTHER_INTERFACE : GUARD_NO_VERDICT);
 	return TC_ACT_SHOT;
-}
-
-/* What user space noted of an MPTCP listener stands on the msk, not on the
- * subflow that listens.
- */
-static __always_inline bool proxys_own(struct bpf_sock *sk, const struct pod *pod)
-{
-	struct mptcp_sock *msk;
-
-	if (!have_mptcp_sock || bpf_sk_storage_get(&binders, sk, 0, 0))
-		return BOUND_BY_PROXY(sk, pod);
-	msk = bpf_skc_to_mptcp_sock(sk);
-	return msk && BOUND_BY_PROXY(msk, pod);
 }
 
 /* Is this packet somebody's already? The kernel's own answer, our sk_lookup
@@ -156,7 +159,7 @@ int tc_inbound(struct __sk_buff *skb)
 		return NEXT;
 	cookie = this->cookie;
 	pod = bpf_map_lookup_elem(&pods, &cookie);
-	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !own_addr(&own_addrs, cookie, &p.dst))
+	if (!pod || !captured_in(pod, bpf_ntohs(p.dport)) || !is_own(pod, cookie, &p.dst))
 		return NEXT;
 	if (addr_is4(&p.dst)) {
 		len = sizeof(tuple.ipv4);

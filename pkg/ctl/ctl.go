@@ -1,5 +1,5 @@
 // Package ctl is the command line of sluicectl. Noun commands (pods, rules,
-// stats, check) change nothing; verb commands (up, down, enroll, unenroll) do.
+// stats, check) change nothing; verb commands (up, down, enroll, unenroll, refresh, watch) do.
 package ctl
 
 import (
@@ -24,6 +24,7 @@ const (
 
 // Env is what the command line touches of the world.
 type Env struct {
+	In       io.Reader // nil: the process's own
 	Out, Err io.Writer
 }
 
@@ -34,6 +35,7 @@ var errNotOK = errors.New("not ok")
 func Run(env Env, args []string) int {
 	root := newRoot(env)
 	root.SetArgs(args)
+	root.SetIn(env.In)
 	root.SetOut(env.Out)
 	root.SetErr(env.Err)
 	err := root.Execute()
@@ -95,6 +97,7 @@ func newRoot(env Env) *cobra.Command {
   sluicectl enroll --netns NAME     capture a network namespace's connections
   sluicectl pods                    what is enrolled
   sluicectl stats                   what happened to connections, and why
+  sluicectl watch                   keep enrolled namespaces current as their addresses change
   sluicectl unenroll --netns NAME   leave the namespace alone again
   sluicectl down                    remove every trace
 
@@ -106,7 +109,7 @@ func newRoot(env Env) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())
 	})
-	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
+	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newRefresh(c), newWatch(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
 	return root
 }
 

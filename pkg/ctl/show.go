@@ -15,10 +15,10 @@ import (
 
 func newPods(c *common) *cobra.Command {
 	return newList(c, "pods", "List the enrolled network namespaces", (*datapath.Datapath).Pods,
-		report.Rows{Head: []string{"POD", "COOKIE", "IPV4", "IPV6", "RULES", "INBOUND", "LISTENERS", "PROGRAMS"}, Empty: "No pod is enrolled."},
+		report.Rows{Head: []string{"POD", "COOKIE", "IPV4", "IPV6", "RULES", "INBOUND", "MODE", "CAPTURE", "LISTENERS", "PROGRAMS"}, Empty: "No pod is enrolled."},
 		func(p datapath.PodInfo) []string {
 			return []string{podName(p), strconv.FormatUint(p.Cookie, 10), addrText(p.Addr4), addrText(p.Addr6),
-				ruleText(p.RulesID), string(p.Inbound), strconv.Itoa(p.Listeners), strings.Join(p.Programs, ",")}
+				ruleText(p.RulesID), string(p.Inbound), string(p.Mode), string(p.Capture), strconv.Itoa(p.Listeners), strings.Join(p.Programs, ",")}
 		})
 }
 

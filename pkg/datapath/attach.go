@@ -17,24 +17,9 @@ import (
 // attachPod attaches what the pod should have and is not attached yet, replaces
 // what is, and detaches what it should not have. The inbound program comes
 // last: where its pin is, the pod is complete.
-func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags connectPodFlags, already bool) error {
+func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries podNetwork, flags connectPodFlags, already bool) error {
 	dir := d.podDir(ns.Cookie())
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make %s: %w", dir, err)
-	}
-	wanted := map[string]bool{progInbound: true}
-	for _, name := range tcProgramNames(flags) {
-		for _, l := range network.Links {
-			if l.Lo || name == progTCInbound && d.isRerouted(ns.Cookie(), l.Name) {
-				continue
-			}
-			wanted[tcPin(name, l.Index)] = true
-			if err := d.attachTC(ns, l, name, flags); err != nil {
-				return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
-			}
-		}
-	}
-	if err := d.rerouteInterfaces(ns, network, flags, wanted); err != nil {
+	if _, err := d.attachInterfaces(ns, network, entries, flags, false); err != nil {
 		return err
 	}
 	prog, err := d.loadStub(progInbound, ns.Cookie(), false)
@@ -51,8 +36,70 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, flags conne
 	if !already {
 		return nil
 	}
-	return d.detachExcept(dir, wanted, flags, ns)
+	return d.detachInterfaces(ns, network, entries, flags)
 }
+
+// attachInterfaces attaches the TC programs, or just the missing ones, and says
+// which. What goes through an excluded interface is nobody's business: it gets
+// none.
+func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, flags connectPodFlags, missing bool) (attached []string, err error) {
+	dir := d.podDir(ns.Cookie())
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make %s: %w", dir, err)
+	}
+	for _, name := range tcProgramNames(flags) {
+		for _, l := range network.Links {
+			if l.Lo || entries.excludes(l.Index) || name == progTCInbound && entries.reroutes(l.Index) || missing && d.hasTC(ns, l, name, flags) {
+				continue
+			}
+			e := d.attachTC(ns, l, name, flags)
+			switch {
+			case e == nil:
+				attached = append(attached, name+" to "+l.Name)
+			case !missing || !isGone(e): // an interface may go while it is looked at
+				err = errors.Join(err, fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), e))
+			}
+		}
+	}
+	if err != nil {
+		return attached, err
+	}
+	rerouted, err := d.rerouteInterfaces(ns, network, entries, flags, missing)
+	return append(attached, rerouted...), err
+}
+
+// detachInterfaces removes TC programs that the pod should not have, and the
+// pins of those whose interface is gone.
+func (d *Datapath) detachInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, flags connectPodFlags) error {
+	wanted := map[string]bool{progInbound: true}
+	for _, name := range tcProgramNames(flags) {
+		for _, l := range network.Links {
+			wanted[tcPin(name, l.Index)] = !l.Lo && !entries.excludes(l.Index) && (name != progTCInbound || !entries.reroutes(l.Index))
+		}
+	}
+	for _, l := range network.Links {
+		for _, name := range rerouting {
+			wanted[tcPin(name, l.Index)] = entries.reroutes(l.Index)
+		}
+	}
+	return d.detachExcept(d.podDir(ns.Cookie()), wanted, flags, ns)
+}
+
+// hasTC says whether a TC program is attached to an interface.
+func (d *Datapath) hasTC(ns *netns.NetNS, l netns.Link, name string, flags connectPodFlags) bool {
+	if flags&connectPodFlagsPOD_TCX == 0 {
+		return hasClsact(ns, l, name)
+	}
+	there, err := link.LoadPinnedLink(filepath.Join(d.podDir(ns.Cookie()), tcPin(name, l.Index)), nil)
+	if err != nil {
+		return false
+	}
+	defer there.Close()
+	info, err := there.Info()
+	return err == nil && info.TCX() != nil && int(info.TCX().Ifindex) == l.Index // 0: its interface is gone
+}
+
+func isGone(err error) bool { return isNoDevice(err) || errors.Is(err, os.ErrNotExist) }
 
 // tcProgramNames are the TC programs that a pod with these flags has.
 func tcProgramNames(flags connectPodFlags) []string {
@@ -128,7 +175,11 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, flags connec
 	for _, e := range entries {
 		isLink := e.Name() == progInbound || flags&connectPodFlagsPOD_TCX != 0
 		if !wanted[e.Name()] || !isLink {
-			errs = errors.Join(errs, os.Remove(filepath.Join(dir, e.Name())))
+			pin := filepath.Join(dir, e.Name())
+			if wanted != nil { // the pod lives on: not in a while, but now
+				errs = errors.Join(errs, detachNow(pin))
+			}
+			errs = errors.Join(errs, os.Remove(pin))
 		}
 	}
 	if ns == nil {

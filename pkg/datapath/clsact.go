@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -57,6 +58,20 @@ func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program
 		return fmt.Errorf("add a bpf filter: %w", err)
 	}
 	return nil
+}
+
+// hasClsact says whether our filter is on an interface.
+func hasClsact(ns *netns.NetNS, l netns.Link, name string) bool {
+	handle, err := ns.Handle()
+	if err != nil {
+		return false
+	}
+	on := &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: l.Index}}
+	filters, err := handle.FilterList(on, clsactParent(name))
+	return err == nil && slices.ContainsFunc(filters, func(f netlink.Filter) bool {
+		bpf, ok := f.(*netlink.BpfFilter)
+		return ok && bpf.Name == filterPrefix+name
+	})
 }
 
 // detachClsact removes our filters that are not wanted, and the qdisc where

@@ -24,7 +24,7 @@ const listenerSlots = 64 // SLUICE_LISTENER_SLOTS
 // written. Those whose SYN is out get a verdict, so that the guard leaves a
 // retransmitted SYN alone; the proxy's listeners are noted, for sockops sees
 // only those that come later. It says whether the pod runs: has any TCP socket.
-func (d *Datapath) collect(ns *netns.NetNS, pod Pod, out *Enrolment) (runs bool, err error) {
+func (d *Datapath) collect(ns *netns.NetNS, pod connectPod, out *Enrolment) (runs bool, err error) {
 	if !ns.HasTCP() {
 		return false, nil // do not look at every process of the machine
 	}
@@ -57,7 +57,7 @@ func (d *Datapath) passBefore(s netns.Socket, out *Enrolment) error {
 // noteListener notes who bound a socket to one of the proxy's ports and, if it
 // is the proxy's and listens, the socket itself. A socket that is only bound yet
 // is noted by sockops when it listens.
-func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enrolment) error {
+func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod connectPod, out *Enrolment) error {
 	sa, err := unix.Getsockname(int(s.File.Fd()))
 	if err != nil {
 		return fmt.Errorf("name a listener of process %d: %w", s.PID, err)
@@ -74,22 +74,26 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 		return nil
 	}
 	key.Port = local.Port()
-	if key.Port != pod.Rules.OutboundPort && key.Port != pod.Rules.InboundPort {
+	if key.Port != pod.OutPort && key.Port != pod.InPort {
 		return nil
 	}
 	binder, err := d.binderOf(s)
 	if err != nil {
 		return err
 	}
-	if s.State != tcpListen || !pod.Rules.IsProxy(binder.Uid, binder.Gid) {
+	if s.State != tcpListen || !d.isProxy(pod.RulesId, binder) {
 		return nil
 	}
 	if local.Addr().IsLoopback() {
 		key.Scope = connectListenerScopeLISTENS_ON_LOOPBACK
+	} else if key.Port == pod.OutPort { // as sockops: whether or not a map can hold it
+		if err := d.deleteFact(cookie, connectPodFactFACT_WAITING); err != nil {
+			return err
+		}
 	}
 	err = d.insertListener(key, s)
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		if key.Port == pod.Rules.InboundPort && pod.Inbound != InboundTC {
+		if key.Port == pod.InPort && pod.Flags&connectPodFlagsPOD_INBOUND_TC == 0 {
 			out.Notes = append(out.Notes, fmt.Sprintf("the proxy's listener on port %d is an MPTCP one, which no socket hash can hold: inbound is refused until the pod is enrolled with --inbound=tc", key.Port))
 		}
 		return nil
@@ -103,11 +107,21 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod Pod, out *Enr
 	if key.Family != unix.AF_INET {
 		return nil
 	}
-	flag := connectPodFlagsPOD_IN_ASSIGNABLE
-	if key.Port == pod.Rules.OutboundPort {
-		flag = connectPodFlagsPOD_OUT_ASSIGNABLE
+	if key.Port == pod.OutPort {
+		return d.addFact(cookie, connectPodFactFACT_OUT_ASSIGNABLE)
 	}
-	return d.setFlag(cookie, flag)
+	return d.addFact(cookie, connectPodFactFACT_IN_ASSIGNABLE)
+}
+
+// isProxy says whether a rule set's proxy bound a socket.
+func (d *Datapath) isProxy(rulesID uint32, b connectBinder) bool {
+	var flags uint32
+	for kind, id := range map[connectIdKind]uint32{connectIdKindID_UID: b.Uid, connectIdKindID_GID: b.Gid} {
+		if d.maps["proxy_ids"].Lookup(connectProxyIdKey{RulesId: rulesID, Kind: kind, Id: id}, &flags) == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // binderOf says who bound a socket: post_bind knows; of one that was bound
@@ -123,20 +137,6 @@ func (d *Datapath) binderOf(s netns.Socket) (connectBinder, error) {
 		return connectBinder{}, fmt.Errorf("note who bound a socket of process %d: %w", s.PID, err)
 	}
 	return binder, nil
-}
-
-// setFlag adds a flag to a pod's entry. sockops sets the same flags meanwhile;
-// one that is lost costs a lookup per connect, no more.
-func (d *Datapath) setFlag(cookie uint64, flag connectPodFlags) error {
-	var p connectPod
-	if err := d.maps["pods"].Lookup(cookie, &p); err != nil {
-		return fmt.Errorf("read the pod's entry: %w", err)
-	}
-	p.Flags |= flag
-	if err := d.maps["pods"].Update(cookie, p, ebpf.UpdateExist); err != nil {
-		return fmt.Errorf("change the pod's entry: %w", err)
-	}
-	return nil
 }
 
 // insertListener puts a listener into the first free slot, unless it is in one.

@@ -18,6 +18,27 @@ type connectAddr struct {
 	B [16]uint8
 }
 
+type connectAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     connectAttachmentFlags
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type connectAttachmentFlags uint32
+
+const (
+	connectAttachmentFlagsATTACHMENT_PROVISIONAL connectAttachmentFlags = 1
+)
+
+type connectAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type connectBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -85,8 +106,15 @@ type connectInterfaceKind uint32
 const (
 	connectInterfaceKindINTERFACE_EXCLUDED connectInterfaceKind = 1
 	connectInterfaceKindINTERFACE_REROUTED connectInterfaceKind = 2
-	connectInterfaceKindINTERFACE_OTHER    connectInterfaceKind = 3
+	connectInterfaceKindINTERFACE_CARRIER  connectInterfaceKind = 3
+	connectInterfaceKindINTERFACE_OTHER    connectInterfaceKind = 4
 )
+
+type connectInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type connectListenerKey struct {
 	_      structs.HostLayout
@@ -126,9 +154,24 @@ type connectPod struct {
 	OutPort      uint16
 	InPort       uint16
 	DnsPort      uint16
-	Pad          uint16
+	WayBack      uint16
 	LoopbackNet  uint32
 	LoopbackMask uint32
+}
+
+type connectPodFact uint32
+
+const (
+	connectPodFactFACT_WAITING        connectPodFact = 1
+	connectPodFactFACT_OUT_ASSIGNABLE connectPodFact = 2
+	connectPodFactFACT_IN_ASSIGNABLE  connectPodFact = 3
+)
+
+type connectPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   connectPodFact
+	Pad    uint32
 }
 
 type connectPodFlags uint32
@@ -144,17 +187,15 @@ const (
 	connectPodFlagsPOD_TCX                 connectPodFlags = 1024
 	connectPodFlagsPOD_ADDED_SOURCE6       connectPodFlags = 2048
 	connectPodFlagsPOD_OUT_HAS_PORTS       connectPodFlags = 128
-	connectPodFlagsPOD_OUT_ASSIGNABLE      connectPodFlags = 256
-	connectPodFlagsPOD_IN_ASSIGNABLE       connectPodFlags = 512
 	connectPodFlagsPOD_DNS                 connectPodFlags = 4096
 	connectPodFlagsPOD_HAS_OWNERS          connectPodFlags = 8192
 	connectPodFlagsPOD_OWNERS_DIRECT       connectPodFlags = 16384
 	connectPodFlagsPOD_HAS_INTERFACES      connectPodFlags = 32768
 	connectPodFlagsPOD_WHEN_READY          connectPodFlags = 65536
-	connectPodFlagsPOD_READY               connectPodFlags = 131072
 	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
 	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
-	connectPodFlagsPOD_REROUTES6           connectPodFlags = 1048576
+	connectPodFlagsPOD_HAS_LOCALS          connectPodFlags = 1048576
+	connectPodFlagsPOD_REROUTES6           connectPodFlags = 2097152
 )
 
 type connectPodName struct {
@@ -212,8 +253,9 @@ const (
 	connectReasonDIRECT_INTERFACE      connectReason = 26
 	connectReasonDIRECT_OWNER_GROUP    connectReason = 27
 	connectReasonDIRECT_NOT_READY      connectReason = 28
-	connectReasonREFUSED_REROUTED      connectReason = 29
-	connectReasonREASON_MAX            connectReason = 30
+	connectReasonGUARD_OTHER_INTERFACE connectReason = 29
+	connectReasonREFUSED_REROUTED      connectReason = 30
+	connectReasonREASON_MAX            connectReason = 31
 )
 
 type connectRecord struct {
@@ -269,6 +311,7 @@ type connectRouteKind uint32
 const (
 	connectRouteKindROUTE_OTHER    connectRouteKind = 1
 	connectRouteKindROUTE_EXCLUDED connectRouteKind = 2
+	connectRouteKindROUTE_LOCAL    connectRouteKind = 3
 )
 
 type connectRuleSet struct {
@@ -333,16 +376,19 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	connectMapAttachments        = "attachments"
 	connectMapBinders            = "binders"
 	connectMapCidrRules4         = "cidr_rules4"
 	connectMapCidrRules6         = "cidr_rules6"
 	connectMapForwarded          = "forwarded"
 	connectMapHandshakeUse       = "handshake_use"
 	connectMapHandshakes         = "handshakes"
+	connectMapInterfaceNames     = "interface_names"
 	connectMapInterfaces         = "interfaces"
 	connectMapListeners          = "listeners"
 	connectMapOrigDst            = "orig_dst"
 	connectMapOwnAddrs           = "own_addrs"
+	connectMapPodFacts           = "pod_facts"
 	connectMapPodInbound         = "pod_inbound"
 	connectMapPodNames           = "pod_names"
 	connectMapPodTc              = "pod_tc"
@@ -417,31 +463,34 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	Forwarded    *ebpf.MapSpec `ebpf:"forwarded"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Reroutes     *ebpf.MapSpec `ebpf:"reroutes"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -475,45 +524,51 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	Forwarded    *ebpf.Map `ebpf:"forwarded"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Reroutes     *ebpf.Map `ebpf:"reroutes"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,

@@ -25,6 +25,8 @@ type PodInfo struct {
 	OutPort   uint16     `json:"outboundPort"`
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
+	Mode      rules.Mode `json:"mode"`
+	Capture   Capture    `json:"capture"`
 	TC        TCAttach   `json:"tc"`
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
@@ -51,10 +53,11 @@ type StatInfo struct {
 // Pods lists the enrolled pods by namespace, name and cookie.
 func (d *Datapath) Pods() ([]PodInfo, error) {
 	out := []PodInfo{}
+	var errs error
 	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
-			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup,
+			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup, Mode: rules.Redirect,
 			TC: p.tcAttach(), Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
 		}
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
@@ -63,6 +66,12 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		if p.Flags&connectPodFlagsPOD_REROUTES != 0 {
 			info.Programs = append(info.Programs, progRerouteIn, progRerouteOut)
 		}
+		if p.Flags&connectPodFlagsPOD_TPROXY != 0 {
+			info.Mode = rules.TProxy
+		}
+		var err error
+		info.Capture, err = d.captureOf(cookie, p.Flags)
+		errs = errors.Join(errs, err)
 		var name connectPodName
 		if d.maps["pod_names"].Lookup(cookie, &name) == nil {
 			info.Namespace, info.Name, info.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
@@ -93,7 +102,7 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	slices.SortFunc(out, func(a, b PodInfo) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Cookie, b.Cookie))
 	})
-	return out, errors.Join(err1, err2)
+	return out, errors.Join(errs, err1, err2)
 }
 
 // Rules lists the entries of every rule set.
@@ -206,7 +215,11 @@ func (d *Datapath) HandshakeUse(cookie uint64) (int, error) {
 }
 
 func each[K, V any](m *ebpf.Map, visit func(K, V)) error {
-	keys, err := keysOf(m, func(K) bool { return true })
+	return eachOf(m, func(K) bool { return true }, visit)
+}
+
+func eachOf[K, V any](m *ebpf.Map, chosen func(K) bool, visit func(K, V)) error {
+	keys, err := keysOf(m, chosen)
 	if err != nil {
 		return err
 	}

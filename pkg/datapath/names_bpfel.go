@@ -13,6 +13,21 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type namesAttachment struct {
+	_         structs.HostLayout
+	Cookie    uint64
+	Flags     uint32
+	Network   [64]int8
+	Container [72]int8
+	Interface [20]int8
+}
+
+type namesAttachmentKey struct {
+	_         structs.HostLayout
+	Network   uint64
+	Interface [24]uint8
+}
+
 type namesBinder struct {
 	_   structs.HostLayout
 	Uid uint32
@@ -77,8 +92,15 @@ type namesInterfaceKind uint32
 const (
 	namesInterfaceKindINTERFACE_EXCLUDED namesInterfaceKind = 1
 	namesInterfaceKindINTERFACE_REROUTED namesInterfaceKind = 2
-	namesInterfaceKindINTERFACE_OTHER    namesInterfaceKind = 3
+	namesInterfaceKindINTERFACE_CARRIER  namesInterfaceKind = 3
+	namesInterfaceKindINTERFACE_OTHER    namesInterfaceKind = 4
 )
+
+type namesInterfaceName struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type namesListenerKey struct {
 	_      structs.HostLayout
@@ -120,9 +142,16 @@ type namesPod struct {
 	OutPort      uint16
 	InPort       uint16
 	DnsPort      uint16
-	Pad          uint16
+	WayBack      uint16
 	LoopbackNet  uint32
 	LoopbackMask uint32
+}
+
+type namesPodFactKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Fact   uint32
+	Pad    uint32
 }
 
 type namesPodName struct {
@@ -200,6 +229,7 @@ type namesRouteKind uint32
 const (
 	namesRouteKindROUTE_OTHER    namesRouteKind = 1
 	namesRouteKindROUTE_EXCLUDED namesRouteKind = 2
+	namesRouteKindROUTE_LOCAL    namesRouteKind = 3
 )
 
 type namesRuleSet struct {
@@ -267,35 +297,43 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	namesMapBinders       = "binders"
-	namesMapCidrRules4    = "cidr_rules4"
-	namesMapCidrRules6    = "cidr_rules6"
-	namesMapForwarded     = "forwarded"
-	namesMapHandshakeUse  = "handshake_use"
-	namesMapHandshakes    = "handshakes"
-	namesMapInterfaces    = "interfaces"
-	namesMapListeners     = "listeners"
-	namesMapOrigDst       = "orig_dst"
-	namesMapOwnAddrs      = "own_addrs"
-	namesMapPodInbound    = "pod_inbound"
-	namesMapPodNames      = "pod_names"
-	namesMapPodTc         = "pod_tc"
-	namesMapPods          = "pods"
-	namesMapPortRules     = "port_rules"
-	namesMapProxyIds      = "proxy_ids"
-	namesMapReroutes      = "reroutes"
-	namesMapRoutes4       = "routes4"
-	namesMapRoutes6       = "routes6"
-	namesMapRuleSets      = "rule_sets"
-	namesMapScratch       = "scratch"
-	namesMapStats         = "stats"
-	namesMapTargetIndex   = "target_index"
-	namesMapTargetUse     = "target_use"
-	namesMapTargets       = "targets"
-	namesProgGetpeername4 = "getpeername4"
-	namesProgGetpeername6 = "getpeername6"
-	namesProgGetsockname4 = "getsockname4"
-	namesProgGetsockname6 = "getsockname6"
+	namesMapAttachments        = "attachments"
+	namesMapBinders            = "binders"
+	namesMapCidrRules4         = "cidr_rules4"
+	namesMapCidrRules6         = "cidr_rules6"
+	namesMapForwarded          = "forwarded"
+	namesMapHandshakeUse       = "handshake_use"
+	namesMapHandshakes         = "handshakes"
+	namesMapInterfaceNames     = "interface_names"
+	namesMapInterfaces         = "interfaces"
+	namesMapListeners          = "listeners"
+	namesMapOrigDst            = "orig_dst"
+	namesMapOwnAddrs           = "own_addrs"
+	namesMapPodFacts           = "pod_facts"
+	namesMapPodInbound         = "pod_inbound"
+	namesMapPodNames           = "pod_names"
+	namesMapPodTc              = "pod_tc"
+	namesMapPods               = "pods"
+	namesMapPortRules          = "port_rules"
+	namesMapProxyIds           = "proxy_ids"
+	namesMapReroutes           = "reroutes"
+	namesMapRoutes4            = "routes4"
+	namesMapRoutes6            = "routes6"
+	namesMapRuleSets           = "rule_sets"
+	namesMapScratch            = "scratch"
+	namesMapStats              = "stats"
+	namesMapTargetIndex        = "target_index"
+	namesMapTargetUse          = "target_use"
+	namesMapTargets            = "targets"
+	namesProgGetpeername4      = "getpeername4"
+	namesProgGetpeername6      = "getpeername6"
+	namesProgGetsockname4      = "getsockname4"
+	namesProgGetsockname6      = "getsockname6"
+	namesVarHandshakeShare     = "handshake_share"
+	namesVarHaveIngressIfindex = "have_ingress_ifindex"
+	namesVarHaveMptcpSock      = "have_mptcp_sock"
+	namesVarHaveSetRetval      = "have_set_retval"
+	namesVarTargetShare        = "target_share"
 )
 
 // loadNames returns the embedded CollectionSpec for names.
@@ -350,37 +388,45 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
-	Binders      *ebpf.MapSpec `ebpf:"binders"`
-	CidrRules4   *ebpf.MapSpec `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.MapSpec `ebpf:"cidr_rules6"`
-	Forwarded    *ebpf.MapSpec `ebpf:"forwarded"`
-	HandshakeUse *ebpf.MapSpec `ebpf:"handshake_use"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Interfaces   *ebpf.MapSpec `ebpf:"interfaces"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	OrigDst      *ebpf.MapSpec `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	PodInbound   *ebpf.MapSpec `ebpf:"pod_inbound"`
-	PodNames     *ebpf.MapSpec `ebpf:"pod_names"`
-	PodTc        *ebpf.MapSpec `ebpf:"pod_tc"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	PortRules    *ebpf.MapSpec `ebpf:"port_rules"`
-	ProxyIds     *ebpf.MapSpec `ebpf:"proxy_ids"`
-	Reroutes     *ebpf.MapSpec `ebpf:"reroutes"`
-	Routes4      *ebpf.MapSpec `ebpf:"routes4"`
-	Routes6      *ebpf.MapSpec `ebpf:"routes6"`
-	RuleSets     *ebpf.MapSpec `ebpf:"rule_sets"`
-	Scratch      *ebpf.MapSpec `ebpf:"scratch"`
-	Stats        *ebpf.MapSpec `ebpf:"stats"`
-	TargetIndex  *ebpf.MapSpec `ebpf:"target_index"`
-	TargetUse    *ebpf.MapSpec `ebpf:"target_use"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
+	Attachments    *ebpf.MapSpec `ebpf:"attachments"`
+	Binders        *ebpf.MapSpec `ebpf:"binders"`
+	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
+	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
+	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
+	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
+	Interfaces     *ebpf.MapSpec `ebpf:"interfaces"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	OrigDst        *ebpf.MapSpec `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	PodFacts       *ebpf.MapSpec `ebpf:"pod_facts"`
+	PodInbound     *ebpf.MapSpec `ebpf:"pod_inbound"`
+	PodNames       *ebpf.MapSpec `ebpf:"pod_names"`
+	PodTc          *ebpf.MapSpec `ebpf:"pod_tc"`
+	Pods           *ebpf.MapSpec `ebpf:"pods"`
+	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
+	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
+	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
+	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
+	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
+	Scratch        *ebpf.MapSpec `ebpf:"scratch"`
+	Stats          *ebpf.MapSpec `ebpf:"stats"`
+	TargetIndex    *ebpf.MapSpec `ebpf:"target_index"`
+	TargetUse      *ebpf.MapSpec `ebpf:"target_use"`
+	Targets        *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesVariableSpecs struct {
+	HandshakeShare     *ebpf.VariableSpec `ebpf:"handshake_share"`
+	HaveIngressIfindex *ebpf.VariableSpec `ebpf:"have_ingress_ifindex"`
+	HaveMptcpSock      *ebpf.VariableSpec `ebpf:"have_mptcp_sock"`
+	HaveSetRetval      *ebpf.VariableSpec `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.VariableSpec `ebpf:"target_share"`
 }
 
 // namesObjects contains all objects after they have been loaded into the kernel.
@@ -403,45 +449,51 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
-	Binders      *ebpf.Map `ebpf:"binders"`
-	CidrRules4   *ebpf.Map `ebpf:"cidr_rules4"`
-	CidrRules6   *ebpf.Map `ebpf:"cidr_rules6"`
-	Forwarded    *ebpf.Map `ebpf:"forwarded"`
-	HandshakeUse *ebpf.Map `ebpf:"handshake_use"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Interfaces   *ebpf.Map `ebpf:"interfaces"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	OrigDst      *ebpf.Map `ebpf:"orig_dst"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	PodInbound   *ebpf.Map `ebpf:"pod_inbound"`
-	PodNames     *ebpf.Map `ebpf:"pod_names"`
-	PodTc        *ebpf.Map `ebpf:"pod_tc"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	PortRules    *ebpf.Map `ebpf:"port_rules"`
-	ProxyIds     *ebpf.Map `ebpf:"proxy_ids"`
-	Reroutes     *ebpf.Map `ebpf:"reroutes"`
-	Routes4      *ebpf.Map `ebpf:"routes4"`
-	Routes6      *ebpf.Map `ebpf:"routes6"`
-	RuleSets     *ebpf.Map `ebpf:"rule_sets"`
-	Scratch      *ebpf.Map `ebpf:"scratch"`
-	Stats        *ebpf.Map `ebpf:"stats"`
-	TargetIndex  *ebpf.Map `ebpf:"target_index"`
-	TargetUse    *ebpf.Map `ebpf:"target_use"`
-	Targets      *ebpf.Map `ebpf:"targets"`
+	Attachments    *ebpf.Map `ebpf:"attachments"`
+	Binders        *ebpf.Map `ebpf:"binders"`
+	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
+	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
+	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
+	Handshakes     *ebpf.Map `ebpf:"handshakes"`
+	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
+	Interfaces     *ebpf.Map `ebpf:"interfaces"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	OrigDst        *ebpf.Map `ebpf:"orig_dst"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	PodFacts       *ebpf.Map `ebpf:"pod_facts"`
+	PodInbound     *ebpf.Map `ebpf:"pod_inbound"`
+	PodNames       *ebpf.Map `ebpf:"pod_names"`
+	PodTc          *ebpf.Map `ebpf:"pod_tc"`
+	Pods           *ebpf.Map `ebpf:"pods"`
+	PortRules      *ebpf.Map `ebpf:"port_rules"`
+	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
+	Routes4        *ebpf.Map `ebpf:"routes4"`
+	Routes6        *ebpf.Map `ebpf:"routes6"`
+	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
+	Scratch        *ebpf.Map `ebpf:"scratch"`
+	Stats          *ebpf.Map `ebpf:"stats"`
+	TargetIndex    *ebpf.Map `ebpf:"target_index"`
+	TargetUse      *ebpf.Map `ebpf:"target_use"`
+	Targets        *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *namesMaps) Close() error {
 	return _NamesClose(
+		m.Attachments,
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
 		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
+		m.InterfaceNames,
 		m.Interfaces,
 		m.Listeners,
 		m.OrigDst,
 		m.OwnAddrs,
+		m.PodFacts,
 		m.PodInbound,
 		m.PodNames,
 		m.PodTc,
@@ -464,6 +516,11 @@ func (m *namesMaps) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesVariables struct {
+	HandshakeShare     *ebpf.Variable `ebpf:"handshake_share"`
+	HaveIngressIfindex *ebpf.Variable `ebpf:"have_ingress_ifindex"`
+	HaveMptcpSock      *ebpf.Variable `ebpf:"have_mptcp_sock"`
+	HaveSetRetval      *ebpf.Variable `ebpf:"have_set_retval"`
+	TargetShare        *ebpf.Variable `ebpf:"target_share"`
 }
 
 // namesPrograms contains all programs after they have been loaded into the kernel.

@@ -235,23 +235,29 @@ func removeOurs(dir string) error {
 }
 
 // removePods takes the programs of every pod away, then forgets it: a filter in
-// a namespace that cannot be found any more passes everything after that.
+// a namespace that cannot be found any more passes everything after that. A pod
+// whose enrolment was cut off may have an entry and no links.
 func removePods(dir string) (int, error) {
 	d := &Datapath{opts: Options{Dir: dir}}
+	pods := map[uint64]connectPod{}
 	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
-	if errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0 {
-		return 0, nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return 0, fmt.Errorf("list the pods' links: %w", err)
 	}
-	flags := map[uint64]connectPodFlags{}
+	for _, e := range entries {
+		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil {
+			pods[cookie] = connectPod{}
+		}
+	}
 	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
 	if err == nil {
 		defer table.Close()
-		if err := eachPod(table, func(cookie uint64, p connectPod) { flags[cookie] = p.Flags }); err != nil {
-			return len(entries), err
+		if err := eachPod(table, func(cookie uint64, p connectPod) { pods[cookie] = p }); err != nil {
+			return len(pods), err
 		}
+	}
+	if len(pods) == 0 {
+		return 0, nil
 	}
 	reroutes, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "reroutes"), nil)
 	if err == nil {
@@ -259,11 +265,7 @@ func removePods(dir string) (int, error) {
 	}
 	paths := netns.ByCookie()
 	var errs error
-	for _, e := range entries {
-		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
-		if err != nil {
-			continue
-		}
+	for cookie, pod := range pods {
 		var ns *netns.NetNS
 		if path, ok := paths[cookie]; ok {
 			if ns, err = netns.Open(path); err != nil {
@@ -273,18 +275,15 @@ func removePods(dir string) (int, error) {
 		if reroutes != nil {
 			errs = errors.Join(errs, unreroute(reroutes, cookie, ns))
 		}
-		errs = errors.Join(errs, d.detachPod(cookie, ns))
+		errs = errors.Join(errs, d.detachPod(cookie, ns), restoreNamespace(ns, pod))
 		if ns != nil {
-			if flags[cookie]&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
-				errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
-			}
 			errs = errors.Join(errs, ns.Close())
 		}
 	}
 	if table == nil {
-		return len(entries), errs // of another layout: what is pinned goes all the same
+		return len(pods), errs // of another layout: what is pinned goes all the same
 	}
-	return len(entries), errors.Join(errs, deleteWhere(table, func(uint64) bool { return true }))
+	return len(pods), errors.Join(errs, deleteWhere(table, func(uint64) bool { return true }))
 }
 
 // Attached says which of the node's programs are attached, by name, and to

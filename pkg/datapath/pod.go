@@ -14,8 +14,8 @@ import (
 
 // Pod is what Enroll needs to know of a pod.
 type Pod struct {
-	Namespace, Name, UID string // for people; may be empty
-	Rules                rules.Rules
+	Namespace, Name, UID string      // for people; may be empty
+	Rules                rules.Rules // with the IDs that the pod sees
 	Inbound              Inbound
 	NoGuard              bool     // leave the TC egress guard out
 	TC                   TCAttach // empty: TCAuto
@@ -28,9 +28,11 @@ type Enrolment struct {
 	Listeners int  // sockets of the proxy that were open already
 	Before    int  // connections whose SYN was out already: they stay as they are
 	Inbound   Inbound
+	UserNS    bool     // the pod has a user namespace: its IDs were translated
 	Notes     []string // what a person should know
 
-	addedSource6 bool // ::6 was added to lo, and a failure must remove it
+	addedSource6 bool          // ::6 was added to lo, and a failure must remove it
+	addedWayBack netns.WayBack // the same of TPROXY mode's way back
 }
 
 // ErrNotReady is returned for a namespace that cannot be enrolled as it is.
@@ -47,37 +49,51 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err != nil {
 		return Enrolment{}, err
 	}
-	pod.Rules = normal
+	ids, err := ns.IDs()
+	if err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s, for its proxy would not be known: %w", ns.Path(), err)
+	}
+	if pod.Rules, err = normal.Translate(ids.UID, ids.GID); err != nil {
+		return Enrolment{}, err
+	}
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
-	}
-	network, err := ns.Inspect()
-	if err != nil {
-		return Enrolment{}, err
-	}
-	if err := ready(network); err != nil {
-		return Enrolment{}, err
 	}
 	if pod.TC == TCX && !d.features.TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
-	if err := d.checkReroute(pod, network); err != nil {
-		return Enrolment{}, fmt.Errorf("refused to enroll %s: %w", ns.Path(), err)
+	if err := d.features.allow(pod.Rules.Mode); err != nil {
+		return Enrolment{}, err
+	}
+	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.features.IngressIfindex {
+		return Enrolment{}, errors.New("this kernel does not tell sk_lookup programs where a packet came in (Linux 5.17 does), so no interface can be excluded: enroll without excludeInterfaces")
 	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
 	}
 	defer unlock()
+	network, err := ns.Inspect() // under the lock: who comes later has seen the later state
+	if err != nil {
+		return Enrolment{}, err
+	}
+	if err := ready(network); err != nil {
+		return Enrolment{}, err
+	}
+	if err := d.checkReroute(pod, network); err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s: %w", ns.Path(), err)
+	}
 
 	var before connectPod
-	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound}
+	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound, UserNS: ids.Own()}
 	if out.Already && (pod.TC == "" || pod.TC == TCAuto) {
 		pod.TC = before.tcAttach() // it keeps the way that it has
 	}
 	if err := d.enroll(ns, network, pod, &out); err != nil {
 		if !out.Already {
 			err = errors.Join(err, d.unenroll(ns.Cookie(), ns))
+		} else if out.addedWayBack != 0 {
+			err = errors.Join(err, ns.RemoveWayBack(out.addedWayBack), d.maps["pods"].Put(ns.Cookie(), before))
 		}
 		if out.addedSource6 { // the pod's entry may not have got as far as to say so
 			err = errors.Join(err, ns.RemoveLoopback(proxySource6))
@@ -126,6 +142,11 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	}
 	if out.Already {
 		value.Flags |= d.lasting(cookie)
+	} else if err := d.addFact(cookie, connectPodFactFACT_WAITING); err != nil {
+		return err // whatever the mode: it may change, and is then right
+	}
+	if err := d.planWayBack(ns, network, pod.Rules.Mode, &value, out); err != nil {
+		return err
 	}
 	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
@@ -133,9 +154,11 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if out.addedSource6 {
 		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
 	}
-	if err := d.writeOwnAddrs(cookie, network, out.Already); err != nil {
+	entries, err := d.enrolNetwork(ns, network, pod, out)
+	if err != nil {
 		return err
 	}
+	value.Flags |= entries.flags()
 	for _, name := range []string{"handshake_use", "target_use"} {
 		if err := d.maps[name].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return tableError(name, err)
@@ -154,17 +177,71 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
-	runs, err := d.collect(ns, pod, out)
+	if err := d.setWayBack(ns, pod.Rules.Mode, value, out.addedWayBack); err != nil {
+		return err
+	}
+	runs, err := d.collect(ns, value, out)
 	if err != nil {
 		return err
 	}
 	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
-		if err := d.setFlag(cookie, connectPodFlagsPOD_TCX); err != nil {
-			return err
+		if err := d.maps["pods"].Put(cookie, value); err != nil {
+			return tableError("pods", err)
 		}
 	}
-	return d.attachPod(ns, network, value.Flags, out.Already)
+	return d.attachPod(ns, network, entries, value.Flags, out.Already)
+}
+
+// enrolNetwork writes what the pod's entry will refer to: without its flags
+// nobody looks at routes and interfaces. Where the flags are there already, each
+// destination goes from what the rules before said of it to what these say.
+func (d *Datapath) enrolNetwork(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) (podNetwork, error) {
+	entries := networkOf(network, namesOf(pod.Rules))
+	if err := noteInterfaces(ns, network, entries, out); err != nil {
+		return podNetwork{}, err
+	}
+	var before podNetwork
+	if out.Already {
+		var err error
+		if before, err = d.readNetwork(ns.Cookie(), d.flagsOf(ns.Cookie())|entries.flags()); err != nil {
+			return podNetwork{}, err
+		}
+	}
+	return entries, d.changeNetwork(ns.Cookie(), before, entries)
+}
+
+func kindName(kind connectInterfaceKind) string {
+	if kind == connectInterfaceKindINTERFACE_REROUTED {
+		return "rerouted"
+	}
+	return "excluded"
+}
+
+func (d *Datapath) flagsOf(cookie uint64) connectPodFlags {
+	var p connectPod
+	if d.maps["pods"].Lookup(cookie, &p) != nil {
+		return 0
+	}
+	return p.Flags
+}
+
+// noteInterfaces notes what may surprise who excludes interfaces.
+func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, out *Enrolment) error {
+	if len(entries.names) == 0 {
+		return nil
+	}
+	for _, name := range entries.missing(network) {
+		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is %s once \"sluicectl refresh\" or \"sluicectl watch\" has seen it", name, kindName(entries.names[name])))
+	}
+	if !entries.named(connectInterfaceKindINTERFACE_EXCLUDED) {
+		return nil
+	}
+	routed, err := ns.PolicyRouted()
+	if routed {
+		out.Notes = append(out.Notes, "the namespace has routing rules of its own (ip rule): which connections leave by an excluded interface is told by its main table alone")
+	}
+	return err
 }
 
 // Unenroll stops capturing for a namespace, living (ns) or dead (ns nil), and
@@ -176,6 +253,11 @@ func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err err
 		return false, err
 	}
 	defer unlock()
+	if ns == nil {
+		if ns = d.find(cookie); ns != nil {
+			defer ns.Close()
+		}
+	}
 	var value connectPod
 	found = d.maps["pods"].Lookup(cookie, &value) == nil
 	return found, d.unenroll(cookie, ns)
@@ -187,22 +269,19 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
 	errs := errors.Join(unreroute(d.maps["reroutes"], cookie, ns), d.detachPod(cookie, ns))
-	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteTargets(cookie))
+	errs = errors.Join(errs, restoreNamespace(ns, value))
+	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
-		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie }),
-		deleteWhere(d.maps["interfaces"], func(k connectInterfaceKey) bool { return k.Cookie == cookie }),
 		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return k.Cookie == cookie }),
+		d.forgetNetwork(!known || hasRoutes(value.Flags), func(c uint64) bool { return c == cookie }),
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),
 	)
 	if known {
 		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
-	}
-	if ns != nil && value.Flags&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
-		errs = errors.Join(errs, ns.RemoveLoopback(proxySource6))
 	}
 	return errs
 }
@@ -237,7 +316,7 @@ func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 	if d.maps["pods"].Lookup(cookie, &p) != nil {
 		return 0
 	}
-	return p.Flags & (connectPodFlagsPOD_OUT_ASSIGNABLE | connectPodFlagsPOD_IN_ASSIGNABLE | connectPodFlagsPOD_ADDED_SOURCE6)
+	return p.Flags & connectPodFlagsPOD_ADDED_SOURCE6
 }
 
 // proxySource6 is what a proxy binds as its source when it calls the app over
@@ -270,26 +349,6 @@ func (d *Datapath) writeName(cookie uint64, pod Pod) error {
 		return tableError("pod_names", err)
 	}
 	return nil
-}
-
-// writeOwnAddrs makes the pod's addresses exactly these.
-func (d *Datapath) writeOwnAddrs(cookie uint64, network netns.Network, already bool) error {
-	wanted := map[connectOwnAddrKey]connectOwnKind{}
-	for _, a := range network.Broadcasts {
-		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_BROADCAST
-	}
-	for _, a := range network.Addresses {
-		wanted[connectOwnAddrKey{Cookie: cookie, Addr: toAddr(a)}] = connectOwnKindOWN_ADDR
-	}
-	for key, kind := range wanted {
-		if err := d.maps["own_addrs"].Put(key, kind); err != nil {
-			return tableError("own_addrs", err)
-		}
-	}
-	if !already {
-		return nil
-	}
-	return deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return k.Cookie == cookie && wanted[k] == 0 })
 }
 
 // tableError says which table is full, where that is it.

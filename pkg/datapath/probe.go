@@ -66,7 +66,7 @@ func (f *Features) optional() []struct {
 	return []p{
 		{probe{"bpf_set_retval in connect programs", "5.18", "a connection that is refused for want of memory ends with EPERM rather than ECONNREFUSED", probeSetRetval}, &f.SetRetval},
 		{probe{"bpf_skc_to_mptcp_sock", "5.19", "MPTCP sockets do not see the original destination", helper(ebpf.SockOps, asm.FnSkcToMptcpSock)}, &f.MPTCPSock},
-		{probe{"ingress_ifindex in sk_lookup programs", "5.17", "loopback traffic is told by its addresses", probeIngressIfindex}, &f.IngressIfindex},
+		{probe{"ingress_ifindex in sk_lookup programs", "5.17", "loopback traffic is told by its addresses, and TPROXY mode cannot be had", probeIngressIfindex}, &f.IngressIfindex},
 		{probe{"TCX links", "6.6", "--tc=tcx cannot be asked for; --inbound=tc refuses MPTCP listeners with SO_REUSEPORT", probeTCX}, &f.TCX},
 	}
 }

@@ -16,8 +16,8 @@ import (
 // that was cut off, un-enrols namespaces that are gone, and removes links
 // without a pod.
 func (d *Datapath) repairPods() error {
-	known := map[uint64]connectPodFlags{}
-	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p.Flags }); err != nil {
+	known := map[uint64]connectPod{}
+	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p }); err != nil {
 		return err
 	}
 	var errs error
@@ -29,7 +29,7 @@ func (d *Datapath) repairPods() error {
 		}
 		errs = errors.Join(errs, err)
 	}
-	errs = errors.Join(errs, d.completePods(incomplete, known), d.removeStrayLinks(known))
+	errs = errors.Join(errs, d.completePods(incomplete), d.removeStrayLinks(known))
 	return errors.Join(errs, d.dropOrphans())
 }
 
@@ -53,7 +53,7 @@ func (d *Datapath) podAlive(cookie uint64) (bool, error) {
 
 // completePods attaches what is missing to the namespaces that still live, and
 // un-enrols the others.
-func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFlags) error {
+func (d *Datapath) completePods(cookies []uint64) error {
 	if len(cookies) == 0 {
 		return nil
 	}
@@ -65,14 +65,16 @@ func (d *Datapath) completePods(cookies []uint64, flags map[uint64]connectPodFla
 			errs = errors.Join(errs, d.unenroll(cookie, nil))
 			continue
 		}
-		if err := d.complete(path, flags[cookie]); err != nil {
+		if err := d.complete(path); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("complete the enrolment of %s: %w", path, err))
 		}
 	}
 	return errs
 }
 
-func (d *Datapath) complete(path string, flags connectPodFlags) error {
+// complete does what an enrolment does once the pod's entry is written. It may
+// have been cut off before the proxy's listeners were noted.
+func (d *Datapath) complete(path string) error {
 	ns, err := netns.Open(path)
 	if err != nil {
 		return err
@@ -82,10 +84,28 @@ func (d *Datapath) complete(path string, flags connectPodFlags) error {
 	if err != nil {
 		return err
 	}
-	return d.attachPod(ns, network, flags, true)
+	var pod connectPod
+	if err := d.maps["pods"].Lookup(ns.Cookie(), &pod); err != nil {
+		return fmt.Errorf("read the pod's entry: %w", err)
+	}
+	missing, err := ns.MissingWayBack(network.Primary6.IsValid())
+	if err != nil {
+		return err
+	}
+	if err := ns.AddWayBack(missing & netns.WayBack(pod.WayBack)); err != nil {
+		return err
+	}
+	if _, err := d.collect(ns, pod, &Enrolment{}); err != nil {
+		return err
+	}
+	entries, err := d.readNetwork(ns.Cookie(), pod.Flags)
+	if err != nil {
+		return err
+	}
+	return d.attachPod(ns, network, networkOf(network, entries.names), pod.Flags, true)
 }
 
-func (d *Datapath) removeStrayLinks(known map[uint64]connectPodFlags) error {
+func (d *Datapath) removeStrayLinks(known map[uint64]connectPod) error {
 	entries, err := os.ReadDir(filepath.Join(d.linksDir(), "pods"))
 	if err != nil {
 		return fmt.Errorf("list the pods' links: %w", err)
@@ -114,15 +134,15 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["port_rules"], func(k connectPortRuleKey) bool { return !used[k.RulesId] }),
 		deleteWhere(d.maps["cidr_rules4"], func(k connectCidr4Key) bool { return !used[k.RulesId] }),
 		deleteWhere(d.maps["cidr_rules6"], func(k connectCidr6Key) bool { return !used[k.RulesId] }),
+		deleteWhere(d.maps["pod_facts"], func(k connectPodFactKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["pod_names"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["handshake_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
-		deleteWhere(d.maps["interfaces"], func(k connectInterfaceKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["reroutes"], func(k connectRerouteKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return !pods[k.Cookie] }),
-		deleteWhere(d.maps["own_addrs"], func(k connectOwnAddrKey) bool { return !pods[k.Cookie] }),
+		d.forgetNetwork(true, func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["stats"], func(k connectStatKey) bool { return !pods[k.Cookie] }),
 	)
 }

@@ -87,70 +87,46 @@ func (d *Datapath) nameReroutes(ns *netns.NetNS, names []string) (six bool, err 
 	return err == nil, err
 }
 
-// rerouteInterfaces attaches what the pod's rerouted interfaces need, those that
-// have come since the last call included, and notes each interface that is
-// there: the guard lets nothing new through that comes from one it does not
-// know. wanted is told which TC programs there are.
-func (d *Datapath) rerouteInterfaces(ns *netns.NetNS, network netns.Network, flags connectPodFlags, wanted map[string]bool) error {
-	if flags&connectPodFlagsPOD_REROUTES == 0 {
-		return d.forgetInterfaces(ns.Cookie(), func(uint32) bool { return true })
-	}
-	there := map[uint32]bool{}
+// rerouting are the programs of a rerouted interface.
+var rerouting = []string{progRerouteIn, progRerouteOut}
+
+// rerouteInterfaces attaches what the pod's rerouted interfaces need, or just
+// what is missing, and says what.
+func (d *Datapath) rerouteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, flags connectPodFlags, missing bool) (attached []string, err error) {
 	for _, l := range network.Links {
-		there[uint32(l.Index)] = true
-		if err := d.rerouteOne(ns, l, flags, wanted); err != nil {
-			return err
+		if !entries.reroutes(l.Index) {
+			continue
+		}
+		if e := canReroute(l); e != nil {
+			err = errors.Join(err, e)
+			continue
+		}
+		more, e := d.rerouteOne(ns, l, flags, missing)
+		attached = append(attached, more...)
+		if e != nil && !(missing && isGone(e)) { // it may go while it is looked at
+			err = errors.Join(err, e)
 		}
 	}
-	return d.forgetInterfaces(ns.Cookie(), func(index uint32) bool { return !there[index] })
+	return attached, err
 }
 
-func (d *Datapath) rerouteOne(ns *netns.NetNS, l netns.Link, flags connectPodFlags, wanted map[string]bool) error {
+func (d *Datapath) rerouteOne(ns *netns.NetNS, l netns.Link, flags connectPodFlags, missing bool) (attached []string, err error) {
+	for _, name := range rerouting {
+		if missing && d.hasTC(ns, l, name, flags) {
+			continue
+		}
+		if err := d.attachTC(ns, l, name, flags); err != nil {
+			return attached, fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
+		}
+		attached = append(attached, name+" to "+l.Name)
+	}
 	key := connectRerouteKey{Cookie: ns.Cookie()}
 	setText(key.Name[:], l.Name)
 	var row connectReroute
-	err := d.maps["reroutes"].Lookup(key, &row)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return d.noteInterface(ns.Cookie(), l, connectInterfaceKindINTERFACE_OTHER)
+	if err := d.maps["reroutes"].Lookup(key, &row); err != nil {
+		return attached, fmt.Errorf("read reroutes: %w", err)
 	}
-	if err != nil {
-		return fmt.Errorf("read reroutes: %w", err)
-	}
-	if err := canReroute(l); err != nil {
-		return err
-	}
-	if err := d.noteInterface(ns.Cookie(), l, connectInterfaceKindINTERFACE_REROUTED); err != nil {
-		return err
-	}
-	for _, name := range []string{progRerouteIn, progRerouteOut} {
-		wanted[tcPin(name, l.Index)] = true
-		if err := d.attachTC(ns, l, name, flags); err != nil {
-			return fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), err)
-		}
-	}
-	return d.routeLocally(ns, l, key, row)
-}
-
-// noteInterface writes what kind an interface is; an excluded one stays that.
-func (d *Datapath) noteInterface(cookie uint64, l netns.Link, kind connectInterfaceKind) error {
-	key := connectInterfaceKey{Cookie: cookie, Ifindex: uint32(l.Index)}
-	var is connectInterfaceKind
-	if d.maps["interfaces"].Lookup(key, &is) == nil && (is == kind || is == connectInterfaceKindINTERFACE_EXCLUDED) {
-		return nil
-	}
-	if err := d.maps["interfaces"].Put(key, kind); err != nil {
-		return tableError("interfaces", err)
-	}
-	return nil
-}
-
-// forgetInterfaces removes the interfaces that noteInterface wrote.
-func (d *Datapath) forgetInterfaces(cookie uint64, gone func(ifindex uint32) bool) error {
-	return deleteWhere(d.maps["interfaces"], func(k connectInterfaceKey) bool {
-		var kind connectInterfaceKind
-		return k.Cookie == cookie && gone(k.Ifindex) && d.maps["interfaces"].Lookup(k, &kind) == nil &&
-			kind != connectInterfaceKindINTERFACE_EXCLUDED
-	})
+	return attached, d.routeLocally(ns, l, key, row)
 }
 
 // routeLocally lets the interface take and send packets of 127.0.0.0/8, which
@@ -239,12 +215,4 @@ func restore(ns *netns.NetNS, row connectReroute) error {
 		return nil // it went meanwhile
 	}
 	return err
-}
-
-// isRerouted says whether the pod reroutes an interface of this name.
-func (d *Datapath) isRerouted(cookie uint64, name string) bool {
-	key := connectRerouteKey{Cookie: cookie}
-	setText(key.Name[:], name)
-	var row connectReroute
-	return d.maps["reroutes"].Lookup(key, &row) == nil
 }

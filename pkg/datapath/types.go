@@ -60,6 +60,7 @@ var reasonNames = [...]string{
 	"refused-no-pod", "refused-no-record", "guard-no-verdict", "guard-loopback",
 	"listener-not-mappable", "listener-slots-full", "refused-loop",
 	"captured-dns", "captured-rerouted", "direct-interface", "direct-owner-group", "direct-not-ready",
+	"guard-other-interface",
 	"refused-rerouted",
 }
 

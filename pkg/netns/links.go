@@ -17,6 +17,8 @@ type Link struct {
 	Lo       bool
 	Up       bool
 	Ethernet bool   // its packets begin with an Ethernet header, not with IP
+	Parent   int    // the interface of this namespace that it stands upon; 0: none
+	Master   int    // the bridge, bond or VRF that it is part of; 0: none
 	Bridge   string // the bridge that it is a port of
 }
 
@@ -30,9 +32,15 @@ type Network struct {
 	// Primary4 and Primary6 are the first global address of a family, or one on
 	// lo or (IPv4) a link-local one if there is no other; zero if none.
 	Primary4, Primary6 netip.Addr
+	Global             []netip.Addr // those that may be the primary ones
+	// Routes are those of the main table.
+	Routes []Route
+	// Local are the prefixes of the local table, single addresses among them:
+	// what is sent there stays in the namespace. Loopback is left out.
+	Local []netip.Prefix
 }
 
-// Inspect reads interfaces and addresses.
+// Inspect reads interfaces, addresses and routes.
 func (n *NetNS) Inspect() (Network, error) {
 	handle, err := n.Handle()
 	if err != nil {
@@ -51,7 +59,10 @@ func (n *NetNS) Inspect() (Network, error) {
 	}
 	for _, l := range links {
 		a := l.Attrs()
-		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether", Bridge: bridges[a.MasterIndex]}
+		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether", Master: a.MasterIndex, Bridge: bridges[a.MasterIndex]}
+		if a.NetNsID < 0 { // otherwise the index is one of another namespace
+			link.Parent = a.ParentIndex
+		}
 		names[a.Index] = link
 		out.Links = append(out.Links, link)
 	}
@@ -71,13 +82,16 @@ func (n *NetNS) Inspect() (Network, error) {
 		switch global := isGlobal(addr); {
 		case global && !names[a.LinkIndex].Lo && a.Scope == int(netlink.SCOPE_UNIVERSE):
 			out.addPrimary(addr)
+			out.Global = append(out.Global, addr)
 		case global || addr.Is4() && addr.IsLinkLocalUnicast():
 			other.addPrimary(addr)
 		}
 	}
 	out.addPrimary(other.Primary4)
 	out.addPrimary(other.Primary6)
-	return out, nil
+	routes, err := n.readTables()
+	out.Routes, out.Local = routes.main, routes.local
+	return out, err
 }
 
 // AddLoopback adds an IPv6 address to lo. It says whether it was not there
@@ -168,6 +182,10 @@ func (n *NetNS) Handle() (*netlink.Handle, error) {
 	return n.handle, nil
 }
 
+// ErrChanging is returned for a namespace that changes faster than it can be
+// read. Try again.
+var ErrChanging = errors.New("it changes while it is read")
+
 // dump repeats a listing that changed while it was read.
 func dump[T any](list func() ([]T, error)) ([]T, error) {
 	var out []T
@@ -178,7 +196,7 @@ func dump[T any](list func() ([]T, error)) ([]T, error) {
 			return out, err
 		}
 	}
-	return out, err
+	return out, ErrChanging
 }
 
 // broadcasts are those of an address: the last one of its subnet (of more than

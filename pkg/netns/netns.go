@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,7 +26,8 @@ type NetNS struct {
 	path   string
 	cookie uint64
 	inode  uint64
-	handle *netlink.Handle // opened when first needed
+	handle *netlink.Handle  // opened when first needed
+	socket *nl.SocketHandle // the same, for dumps of our own
 }
 
 // Open opens a namespace by path, or by the name under which "ip netns" keeps
@@ -167,6 +169,10 @@ func (n *NetNS) Close() error {
 	if n.handle != nil {
 		n.handle.Close()
 		n.handle = nil
+	}
+	if n.socket != nil {
+		n.socket.Close()
+		n.socket = nil
 	}
 	if err := n.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -76,8 +77,8 @@ type Groups struct {
 // Rules says which connections of a pod go to its proxy. The fields mean what
 // Istio's annotations of the same names mean.
 type Rules struct {
-	// ProxyUIDs and ProxyGIDs identify the proxy, as the initial user
-	// namespace sees them. Their order matters as in Istio: the first UID (or,
+	// ProxyUIDs and ProxyGIDs identify the proxy, as the pod sees them until
+	// Translate. Their order matters as in Istio: the first UID (or,
 	// without UIDs, the first GID) is the one whose calls to its own pod come
 	// back through the inbound port.
 	ProxyUIDs []uint32 `json:"proxyUIDs"`
@@ -202,10 +203,16 @@ func (r Rules) check() error {
 	if r.Mode != Redirect && r.Mode != TProxy {
 		return fmt.Errorf("%q is not an interception mode: choose %s or %s", r.Mode, Redirect, TProxy)
 	}
-	if r.From != Always && r.From != ProxyReady {
-		return fmt.Errorf("%q does not say since when to capture: choose %s or %s", r.From, Always, ProxyReady)
+	_, err := ParseFrom(string(r.From))
+	return err
+}
+
+// ParseFrom reads since when to capture.
+func ParseFrom(text string) (From, error) {
+	if from := From(text); from == Always || from == ProxyReady {
+		return from, nil
 	}
-	return nil
+	return "", fmt.Errorf("%q does not say since when to capture: choose %s or %s", text, Always, ProxyReady)
 }
 
 // interfaceName is what Istio takes for one; the kernel takes 15 characters.
@@ -219,9 +226,31 @@ func CheckInterface(name string) error {
 	return nil
 }
 
-// IsProxy says whether a process with these real IDs is the proxy.
-func (r Rules) IsProxy(uid, gid uint32) bool {
-	return slices.Contains(r.ProxyUIDs, uid) || slices.Contains(r.ProxyGIDs, gid)
+// Translate returns the rules with every user and group ID replaced: of a pod
+// with a user namespace of its own, by what they are on the machine. An ID that
+// cannot be translated is an error.
+func (r Rules) Translate(uid, gid func(uint32) (uint32, error)) (Rules, error) {
+	var errs [4]error
+	r.ProxyUIDs, errs[0] = translated(r.ProxyUIDs, uid)
+	r.ProxyGIDs, errs[1] = translated(r.ProxyGIDs, gid)
+	r.OwnerGroups.List, errs[2] = translated(r.OwnerGroups.List, gid)
+	r.ExcludeOwnerGroups, errs[3] = translated(r.ExcludeOwnerGroups, gid)
+	if err := errors.Join(errs[:]...); err != nil {
+		return Rules{}, err
+	}
+	return r.Normalise() // sorted by the new numbers
+}
+
+func translated(ids []uint32, to func(uint32) (uint32, error)) ([]uint32, error) {
+	var out []uint32
+	for _, id := range ids {
+		other, err := to(id)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, other)
+	}
+	return out, nil
 }
 
 // Digest names normalised rules: equal rules have equal digests.

@@ -15,8 +15,13 @@ import (
 const holdEnv = "SLUICE_TEST_HOLD"
 
 // HoldAndExit ends this process, if it was started by Hold, with its standard
-// input. Main calls it; call it first in a TestMain that does more.
+// input; a proxy that StartTProxy started, it runs. Main calls it; call it first
+// in a TestMain that does more.
 func HoldAndExit() {
+	proxyAndExit()
+	if os.Getenv(insideEnv) != "" {
+		serveInside()
+	}
 	if os.Getenv(holdEnv) == "" {
 		return
 	}

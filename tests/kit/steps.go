@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"time"
 
@@ -121,3 +122,18 @@ func getSockaddr(b []byte) netip.AddrPort {
 
 // Bind binds a socket that was opened before.
 func (s *Sock) Bind(ap netip.AddrPort) error { return unix.Bind(s.FD, sockaddr(familyOf(s.FD), ap)) }
+
+// ReadSome reads what comes; io.EOF at the end.
+func (s *Sock) ReadSome() (int, error) {
+	buf := make([]byte, 4096)
+	for {
+		n, err := unix.Read(s.FD, buf)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && n == 0 {
+			err = io.EOF
+		}
+		return max(n, 0), err
+	}
+}

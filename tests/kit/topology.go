@@ -123,7 +123,12 @@ type Pod struct {
 // NewPod makes a pod and its far host, both families.
 func NewPod(t testing.TB) *Pod {
 	t.Helper()
-	p := &Pod{NS: NewNS(t, "pod"), Far: NewNS(t, "far")}
+	return newPod(t, NewNS(t, "pod"))
+}
+
+func newPod(t testing.TB, ns *NS) *Pod {
+	t.Helper()
+	p := &Pod{NS: ns, Far: NewNS(t, "far")}
 	p.Wire("eth0", netip.PrefixFrom(Pod4, 24), netip.PrefixFrom(Far4, 24), netip.PrefixFrom(Pod6, 64), netip.PrefixFrom(Far6, 64))
 	p.route("0.0.0.0/0", Far4)
 	p.route("::/0", Far6)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -145,7 +146,7 @@ func TestEnrollingAPodWhoseProxyRunsRefusesNobody(t *testing.T) {
 	}
 }
 
-// enrolUnderFire dials without a pause while the pod is enrolled and un-enrolled.
+// enrolUnderFire dials all the time while the pod is enrolled and un-enrolled.
 func enrolUnderFire(t *testing.T, d *datapath.Datapath, way datapath.Inbound, kind listenerKind) {
 	p := kit.NewPod(t)
 	app := p.Listen(kit.App, "0.0.0.0:8080")
@@ -177,5 +178,7 @@ func dialUntil(stop <-chan struct{}, from *kit.NS) error {
 			return err
 		}
 		c.Reset()
+		// Nobody accepts, and a backlog holds 4096: not more in some seconds.
+		time.Sleep(2 * time.Millisecond)
 	}
 }

@@ -59,9 +59,9 @@ func TestReroutingLeavesNothingBehindWhicheverWayItEnds(t *testing.T) {
 			}
 		},
 		"renamed, enrolled": func(_ *testing.T, d *datapath.Datapath, _ datapath.Options, p *kit.Pod) {
-			rename(p, toMachine, "other0")
+			renameLink(p, toMachine, "other0")
 			p.Enroll(d, rerouting())
-			rename(p, "other0", toMachine)
+			renameLink(p, "other0", toMachine)
 			p.Enroll(d)
 		},
 	}
@@ -107,7 +107,7 @@ func TestReroutingLeavesNothingBehindWhicheverWayItEnds(t *testing.T) {
 	}
 }
 
-func rename(p *kit.Pod, from, to string) {
+func renameLink(p *kit.Pod, from, to string) {
 	p.Netlink(func(h *netlink.Handle) error {
 		l, err := h.LinkByName(from)
 		if err != nil {

@@ -49,7 +49,9 @@ func TestAMachineThatComesAfterEnrolmentReachesNobodyUntilItIsRerouted(t *testin
 				t.Error("UDP:", err)
 			}
 
-			p.Enroll(d, rerouting()) // as the watcher does
+			if _, err := d.Refresh(p.NetNS); err != nil {
+				t.Fatal("refresh:", err)
+			}
 			if err := client.Finish(); err != nil {
 				t.Fatal("the SYN that is sent again:", err)
 			}

@@ -67,7 +67,7 @@ func (s state) addMap(name, path string) error {
 	}
 	key := make([]byte, m.KeySize())
 	for err = m.NextKey(nil, &key); err == nil; err = m.NextKey(key, &key) {
-		if key[3] != fillMark {
+		if key[3] != fillMark && (m.Type() != ebpf.LPMTrie || key[11] != fillMark) {
 			s.Entries[name]++
 		}
 	}

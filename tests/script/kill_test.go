@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -130,5 +131,66 @@ func TestDownKilledIsFinishedByTheNext(t *testing.T) {
 		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("down leaves %s", dir)
 		}
+	}
+}
+
+// Whenever "enroll" or "up" is killed, a pod whose proxy has listened is not
+// taken for one that still waits for it, and one that waits goes on waiting.
+func TestKilledAtAnyMomentAPodStaysReady(t *testing.T) {
+	dir := filepath.Join(kit.BPFFS(t), "killedready")
+	pod := kit.NewPod(t)
+	pod.Hold(kit.App) // down finds a namespace by who lives in it
+	up := []string{"up", "--bpffs", dir, "--cgroup", kit.Cgroup(t)}
+	enroll := []string{"enroll", "--bpffs", dir, "--netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), pod.Fd()), "--capture", "proxy-ready"}
+	t.Cleanup(func() { sluicectl(t, "down", "--bpffs", dir) })
+	server := pod.Far.Listen(kit.Root, "0.0.0.0:80")
+	dial := func() error {
+		s, err := pod.Dial(kit.App, unix.AF_INET, kitAddr(80))
+		if err == nil {
+			s.Close()
+		}
+		return err
+	}
+
+	sluicectl(t, up...)
+	started := time.Now()
+	sluicectl(t, enroll...)
+	takes := time.Since(started)
+	disturb := func(when string) {
+		t.Helper()
+		for range 6 {
+			killed(t, rand.N(takes), enroll...)
+			killed(t, rand.N(takes), up...)
+			sluicectl(t, up...)
+			want := error(nil)
+			if when == "ready" {
+				want = unix.ECONNREFUSED
+			}
+			if err := dial(); !errors.Is(err, want) {
+				t.Fatalf("%s: the dial ends with %v, want %v", when, err, want)
+			}
+			if out := sluicectl(t, "pods", "--bpffs", dir, "-o", "json"); !strings.Contains(out, `"capture": "`+when+`"`) {
+				t.Fatalf("want capture to be %s: %s", when, out)
+			}
+		}
+	}
+	disturb("waiting")
+	server.MustAccept()
+	pod.Listen(kit.Proxy, "0.0.0.0:15001").Close()
+	disturb("ready")
+
+	// Enrolled anew, with a listener that sockops has not seen.
+	for range 6 {
+		sluicectl(t, "unenroll", "--bpffs", dir, "--netns", enroll[4])
+		proxy := pod.Listen(kit.Proxy, "0.0.0.0:15001")
+		release := pod.Hold(kit.Proxy, proxy)
+		killed(t, rand.N(takes), enroll...)
+		sluicectl(t, up...)
+		out := sluicectl(t, "pods", "--bpffs", dir, "-o", "json")
+		if strings.Contains(out, `"capture": "waiting"`) {
+			t.Fatal("the proxy listens, and the pod waits for it:", out)
+		}
+		release()
+		proxy.Close()
 	}
 }

@@ -5,6 +5,7 @@ package vm
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os/exec"
 	"strings"
 	"testing"
@@ -21,8 +22,8 @@ const (
 // little about a kernel and take long under emulation.
 const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
 	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
-	"OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|SYNCookies|ReconnectsFromItsPort|" +
-	"MachineBehind|MachineHasCalled|TheIncludesAlone|ThePodsLoopback|ARerouterAsks|ComesAfterEnrolment"
+	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXY[A-Z]|WayBack|" +
+	"MachineBehind|MachineHasCalled|ThePodsLoopback|ARerouterAsks"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
@@ -31,12 +32,74 @@ func TestDatapath(t *testing.T) {
 	if kernel := wantKernel(t); belowTheFloor[kernel] {
 		t.Skipf("Sluice refuses %s", kernel)
 	}
-	cmd := exec.Command(datapathTests, "-test.v", "-test.run", chosen)
-	cmd.Env = append(cmd.Environ(), "SLUICE_REQUIRE_ROOT=1")
-	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
-	if err := cmd.Run(); err != nil {
-		t.Errorf("%s: %v", datapathTests, err)
+	said, err := runTests(t, chosen)
+	if err == nil {
+		return
 	}
+	t.Logf("first run: %v\n%s", err, failures(said))
+	again := failedTests(said)
+	if again == "" {
+		t.Fatalf("%s ended before a test could say what failed", datapathTests)
+	}
+	// Emulation is slow by fits, and a deadline may pass meanwhile: what fails
+	// twice is broken, what fails once is said.
+	if said, err = runTests(t, again); err != nil {
+		t.Fatalf("failed twice: %v\n%s", err, failures(said))
+	}
+	t.Logf("FLAKY: %s failed once and passed when run again", again)
+}
+
+func runTests(t *testing.T, pattern string) (said string, err error) {
+	cmd := exec.Command(datapathTests, "-test.v", "-test.run", pattern)
+	cmd.Env = append(cmd.Environ(), "SLUICE_REQUIRE_ROOT=1")
+	var out bytes.Buffer
+	both := io.MultiWriter(t.Output(), &out)
+	cmd.Stdout, cmd.Stderr = both, both
+	err = cmd.Run()
+	return out.String(), err
+}
+
+// failedTests is a pattern of the tests that failed; empty if none said so.
+func failedTests(output string) string {
+	var names []string
+	for line := range strings.Lines(output) {
+		if name, ok := strings.CutPrefix(line, "--- FAIL: "); ok {
+			names = append(names, strings.Fields(name)[0])
+		}
+	}
+	if names == nil {
+		return ""
+	}
+	return "^(" + strings.Join(names, "|") + ")$"
+}
+
+// failures repeats what the failed ones of many tests said, so that it stands at
+// the end, where people look and where logs are not cut.
+func failures(output string) string {
+	said := map[string]*strings.Builder{}
+	var out strings.Builder
+	var now *strings.Builder
+	for line := range strings.Lines(output) {
+		fields := strings.Fields(line)
+		switch {
+		case len(fields) == 3 && fields[0] == "===":
+			if said[fields[2]] == nil {
+				said[fields[2]] = &strings.Builder{}
+			}
+			now = said[fields[2]]
+		case len(fields) > 2 && fields[0] == "---":
+			now = nil
+			if fields[1] == "FAIL:" && said[fields[2]] != nil {
+				out.WriteString(line + said[fields[2]].String())
+			}
+		case now != nil:
+			now.WriteString(line)
+		}
+	}
+	if out.Len() == 0 {
+		return "it ended before a test could say what failed"
+	}
+	return out.String()
 }
 
 func TestSluicectlWorksOrRefusesWithASentence(t *testing.T) {

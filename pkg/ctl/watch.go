@@ -1,0 +1,120 @@
+package ctl
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/keep"
+	"github.com/sluice-mesh/sluice/pkg/netns"
+)
+
+func newWatch(c *common) *cobra.Command {
+	return &cobra.Command{
+		Use:   "watch",
+		Short: "Keep enrolled namespaces current while their addresses, routes and interfaces change",
+		Long: `watch stays in the foreground until Ctrl-C. What a pod's own addresses are,
+which routes lead through an excluded interface and which interfaces need a
+guard is read from the namespace at enrolment; watch follows every change within
+a moment, says so, and finds pods that are enrolled later. Ended, it leaves
+everything as it is.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			d, err := c.open()
+			if err != nil {
+				return err
+			}
+			defer d.Close()
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, unix.SIGTERM)
+			defer stop()
+			cookies, err := d.Cookies()
+			if err != nil {
+				return err
+			}
+			cmd.Printf("Keeping the pods below %s current, %d of them now. Ctrl-C ends it.\n", c.dir, len(cookies))
+			if err := keep.New(d, c.log()).Run(ctx); err != nil {
+				return err
+			}
+			cmd.Println("Ended. What is enrolled stays enrolled; changes are not followed any more.")
+			return nil
+		},
+	}
+}
+
+func newRefresh(c *common) *cobra.Command {
+	var name string
+	var all bool
+	cmd := &cobra.Command{
+		Use:   "refresh --netns PATH-OR-NAME | --all",
+		Short: "Look once at what changed in enrolled namespaces",
+		Long: `refresh reads addresses, routes and interfaces of an enrolled namespace, or of
+all, corrects what differs and says what that was. Where "sluicectl watch" runs
+there is nothing left to correct.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if (name == "") != all {
+				return errors.New("give either --netns or --all")
+			}
+			d, err := c.open()
+			if err != nil {
+				return err
+			}
+			defer d.Close()
+			if all {
+				return refreshAll(cmd, d)
+			}
+			return refreshOne(cmd, d, name)
+		},
+	}
+	cmd.Flags().StringVar(&name, "netns", "", "network namespace: a name of \"ip netns list\", or a path")
+	cmd.Flags().BoolVar(&all, "all", false, "every enrolled namespace that a process or \"ip netns\" keeps")
+	return cmd
+}
+
+func refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
+	cookies, err := d.Cookies()
+	if err != nil {
+		return err
+	}
+	paths := netns.ByCookie()
+	var errs error
+	for _, cookie := range cookies {
+		path, ok := paths[cookie]
+		if !ok {
+			cmd.PrintErrf("sluicectl: warning: the namespace with cookie %d is not to be found; if it is gone, \"sluicectl unenroll --cookie %d\" forgets it\n", cookie, cookie)
+			continue
+		}
+		errs = errors.Join(errs, refreshOne(cmd, d, path))
+	}
+	return errs
+}
+
+func refreshOne(cmd *cobra.Command, d *datapath.Datapath, name string) error {
+	ns, err := netns.Open(name)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	done, err := d.Refresh(ns)
+	if errors.Is(err, datapath.ErrNotEnrolled) {
+		return fmt.Errorf("refresh %s: %w; \"sluicectl enroll --netns %s\" does", name, err, name)
+	}
+	if done.Pod != "" {
+		name = done.Pod
+	}
+	for _, change := range done.Changes {
+		cmd.Printf("%s: %s: %s\n", name, change.What, change.Which)
+	}
+	if err != nil {
+		return fmt.Errorf("refresh %s: %w", name, err)
+	}
+	if len(done.Changes) == 0 {
+		cmd.Printf("%s is current.\n", name)
+	}
+	return nil
+}
