@@ -60,6 +60,23 @@ test: root go-is-there ## run every test, in network namespaces (root)
 		{ echo "Some tests failed: see the lines that begin with FAIL above."; exit 1; }
 	@echo "Every test passed, as root, on kernel $$(uname -r)."
 
+# Random configurations for the oracle, and the seed of the first (empty: any).
+N ?= 200
+SEED ?=
+
+.PHONY: oracle
+oracle: root go-is-there ## compare Sluice with Istio's iptables rules, case by case: make oracle N=200 [SEED=17] (root)
+	$(DEPS) test
+	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run 'Test(Every|Without|Table|Random)' ./tests/oracle \
+		-oracle.n=$(N) $(if $(SEED),-oracle.seed=$(SEED)) || \
+		{ echo "Sluice and iptables differ, or the comparison failed: see above, and docs/oracle.md."; exit 1; }
+	@echo "No difference but those that docs/compatibility.md lists."
+
+.PHONY: oracle-mutants
+oracle-mutants: root go-is-there ## take each rule out of iptables and of Sluice: does the oracle notice? (root, clang)
+	$(DEPS) test bpf
+	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run TestOracleNoticesAMissingRule ./tests/oracle -oracle.mutate
+
 .PHONY: race
 race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector (root)
 	$(DEPS) test race

@@ -77,6 +77,17 @@ static __always_inline bool addr_is_any(const struct addr *a)
 	return addr_is6_low(a, 0) || (addr_is4(a) && !addr_word(a, 3));
 }
 
+/* A call to the any address means loopback. */
+static __always_inline void any_is_loopback(struct addr *a)
+{
+	if (!addr_is_any(a))
+		return;
+	if (addr_is4(a))
+		addr_set4(a, bpf_htonl(LOOPBACK4));
+	else
+		addr_set(a, 0, 0, 0, bpf_htonl(1));
+}
+
 /* 127.0.0.0/8 or ::1 */
 static __always_inline bool addr_is_loopback(const struct addr *a)
 {

@@ -9,6 +9,7 @@
  */
 #include <linux/bpf.h>
 #include <linux/in.h>
+#include <linux/in6.h>
 #include <bpf/bpf_helpers.h>
 #include "sluice.h"
 #include "config.h"
@@ -16,11 +17,12 @@
 #include "addr.h"
 #include "rules.h"
 #include "stats.h"
-#include "targets.h"
 #include "book.h"
+#include "dns.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+#define EINVAL 22
 #define ECONNREFUSED 111
 #define SOL_SOCKET 1
 #define SO_BINDTODEVICE 25
@@ -36,6 +38,7 @@ enum outcome {
 	PASS,
 	REWRITE,
 	REFUSE,
+	INVALID,
 };
 
 /* An address of 127.128.0.0/10 for this destination, so that a pod's
@@ -114,12 +117,12 @@ static __always_inline void forget(struct bpf_sock *sk)
 static __always_inline bool by_target(struct bpf_sock *sk, __u64 cookie, const struct addr *dst,
 				      __u16 dport, struct choice *to)
 {
-	__u32 index = book(cookie, dst, dport);
+	__be32 v4 = book(cookie, dst, dport);
 
-	if (!index)
+	if (!v4)
 		return false;
 	forget(sk);
-	addr_set4(&to->addr, bpf_htonl(TARGETS4 | index));
+	addr_set4(&to->addr, v4);
 	return true;
 }
 
@@ -145,13 +148,102 @@ static __always_inline __u16 port_of(const struct pod *pod, enum reason reason)
 static __always_inline bool send_by_lo(struct bpf_sock_addr *ctx, const struct call *call)
 {
 	int mark = SLUICE_TPROXY_MARK;
-	char lo[] = "lo";
+	char lo[] = { 'l', 'o', 0 };
 
 	if (call->mark != SLUICE_TPROXY_MARK &&
 	    bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
 		return false;
 	return call->ifindex == LOOPBACK_IFINDEX ||
 	       !bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo));
+}
+
+/* Bind a socket that has no port yet to an address, or to none, reserving no port. */
+static __always_inline bool bind_source(struct bpf_sock_addr *ctx, const struct addr *a)
+{
+	struct sockaddr_in6 in6 = { .sin6_family = AF_INET6 };
+	struct sockaddr_in in = { .sin_family = AF_INET };
+
+	if (ctx->sk->family == AF_INET) {
+		in.sin_addr.s_addr = addr_word(a, 3);
+		return !bpf_bind(ctx, (struct sockaddr *)&in, sizeof(in));
+	}
+	__builtin_memcpy(&in6.sin6_addr, a->b, 16);
+	return !bpf_bind(ctx, (struct sockaddr *)&in6, sizeof(in6));
+}
+
+/* The source that a UDP socket would get without us. Towards loopback the kernel
+ * takes a loopback address, which would stay if the socket is connected elsewhere
+ * next, and leads nowhere: an IPv4 source is bound, where the app has not. (An
+ * IPv6 one would forbid the socket IPv4 for good: docs/adr/0001.) The name hooks
+ * show it where it cannot be.
+ */
+static __always_inline void choose_source(struct bpf_sock_addr *ctx, struct record *rec,
+					  const struct pod *pod, const struct call *call)
+{
+	if (rec->flags & RECORD_PRESENT_SRC && addr_is_loopback(&call->src) &&
+	    addr_is4(&rec->src) == addr_is4(&call->dst))
+		return; /* connected before: that stays, as it would */
+	rec->flags &= RECORD_BOUND;
+	if (!addr_is_any(&call->src) || addr_is_loopback(&call->dst))
+		return;
+	rec->flags |= RECORD_PRESENT_SRC;
+	if (own_addr(&own_addrs, call->cookie, &call->dst))
+		rec->src = call->dst;
+	else
+		rec->src = addr_is4(&call->dst) ? pod->addr4 : pod->addr6;
+	if (addr_is4(&rec->src) && !ctx->sk->src_port && bind_source(ctx, &rec->src))
+		rec->flags |= RECORD_BOUND;
+}
+
+/* Is its source the loopback address of a captured connect before, which the
+ * kernel keeps, and from which nothing comes back from there? IPv4 says so itself.
+ */
+static __always_inline bool is_stranded(struct bpf_sock_addr *ctx, const struct record *rec,
+					const struct call *call)
+{
+	return rec->flags & RECORD_PRESENT_SRC && !addr_is4(&call->src) && !addr_is4(&call->dst) &&
+	       addr_is_loopback(&call->src) && !addr_is_loopback(&call->dst) &&
+	       !addr_is_any(&call->dst) &&
+	       !own_addr(&own_addrs, bpf_get_netns_cookie(ctx), &call->dst);
+}
+
+/* Only port 53 is anything to us. The record is the socket's own, and its
+ * datagrams go by no other hook.
+ */
+static __always_inline enum outcome on_connect_udp(struct bpf_sock_addr *ctx,
+						   const struct addr *dst, struct choice *to)
+{
+	struct record *rec = bpf_sk_storage_get(&orig_dst, ctx->sk, 0, 0);
+	struct call call = { .dst = *dst };
+	const struct addr none = {};
+	struct pod *pod = 0;
+
+	if (rec && rec->flags & RECORD_BOUND && !ctx->sk->src_port)
+		bind_source(ctx, &none); /* disconnected meanwhile: it is free again */
+	addr_of_sock(&call.src, ctx->sk);
+	if (ctx->user_port == bpf_htons(PORT_DNS))
+		pod = captures_dns(ctx, &call);
+	if (!pod && rec && is_stranded(ctx, rec, &call))
+		return INVALID;
+	if (!pod) {
+		if (rec)
+			forget_server(ctx->sk, rec);
+		return PASS;
+	}
+	if (!rec)
+		rec = bpf_sk_storage_get(&orig_dst, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!rec) {
+		count(call.cookie, REFUSED_NO_MEMORY);
+		return REFUSE;
+	}
+	choose_source(ctx, rec, pod, &call);
+	note_server(rec, pod, &call);
+	if (addr_is4(&call.dst))
+		addr_set4(&to->addr, bpf_htonl(LOOPBACK4));
+	else
+		addr_set(&to->addr, 0, 0, 0, bpf_htonl(1));
+	to->port = pod->dns_port;
+	return REWRITE;
 }
 
 static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct addr *dst,
@@ -166,6 +258,8 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	struct pod *pod;
 	__u64 cookie;
 
+	if (ctx->protocol == IPPROTO_UDP && sk)
+		return on_connect_udp(ctx, dst, to);
 	if (ctx->protocol != IPPROTO_TCP || !sk)
 		return PASS;
 	cookie = bpf_get_netns_cookie(ctx);
@@ -174,12 +268,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 		forget(sk); /* enrolled once, not now */
 		return PASS;
 	}
-	if (addr_is_any(dst)) { /* connect() to the any address means loopback */
-		if (addr_is4(dst))
-			addr_set4(dst, bpf_htonl(LOOPBACK4));
-		else
-			addr_set(dst, 0, 0, 0, bpf_htonl(1));
-	}
+	any_is_loopback(dst);
 	call.cookie = cookie;
 	call.dst = *dst;
 	call.ifindex = sk->bound_dev_if;
@@ -206,8 +295,12 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	}
 	if (captured) {
 		to->port = port_of(pod, reason);
-		/* The DNS proxy listens on 127.0.0.1, and has few connections. */
-		anywhere = addr_is4(dst) && reason != CAPTURED_DNS &&
+		/* The DNS proxy listens on 127.0.0.1, and has few connections.
+		 * A proxy's call to its own pod goes to exactly 127.0.0.1 as
+		 * well: iptables rules that are still there send one to any
+		 * other loopback address to the inbound port a second time.
+		 */
+		anywhere = addr_is4(dst) && reason == CAPTURED_OUT &&
 			   accepts_anywhere(ctx, cookie, pod, to->port);
 		if (anywhere && addr_is_any(&call.src) && by_target(sk, cookie, dst, dport, to)) {
 			count(cookie, reason);
@@ -229,7 +322,7 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	rec->flags = 0;
 	if (captured && addr_is_any(&call.src) && !addr_is_loopback(dst)) {
 		rec->flags |= RECORD_PRESENT_SRC;
-		if (reason == CAPTURED_SELF) /* to oneself, the kernel answers from there */
+		if (own_addr(&own_addrs, cookie, dst)) /* the kernel answers from there */
 			rec->src = *dst;
 		else
 			rec->src = addr_is4(dst) ? pod->addr4 : pod->addr6;
@@ -245,10 +338,10 @@ static __always_inline enum outcome on_connect(struct bpf_sock_addr *ctx, struct
 	return REWRITE;
 }
 
-static __always_inline int refuse(void)
+static __always_inline int refuse(int error)
 {
 	if (have_set_retval)
-		bpf_set_retval(-ECONNREFUSED);
+		bpf_set_retval(-error);
 	return 0;
 }
 
@@ -261,7 +354,9 @@ int connect4(struct bpf_sock_addr *ctx)
 	addr_set4(&dst, ctx->user_ip4);
 	switch (on_connect(ctx, &dst, &to)) {
 	case REFUSE:
-		return refuse();
+		return refuse(ECONNREFUSED);
+	case INVALID:
+		return refuse(EINVAL);
 	case REWRITE:
 		ctx->user_ip4 = addr_word(&to.addr, 3);
 		ctx->user_port = bpf_htons(to.port);
@@ -281,7 +376,9 @@ int connect6(struct bpf_sock_addr *ctx)
 	addr_set(&dst, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
 	switch (on_connect(ctx, &dst, &to)) {
 	case REFUSE:
-		return refuse();
+		return refuse(ECONNREFUSED);
+	case INVALID:
+		return refuse(EINVAL);
 	case REWRITE:
 		ctx->user_ip6[0] = addr_word(&to.addr, 0);
 		ctx->user_ip6[1] = addr_word(&to.addr, 1);

@@ -74,8 +74,17 @@ static __always_inline bool shown_by_record(struct bpf_sock_addr *ctx, enum whic
 	struct pod *pod;
 	__u64 cookie;
 
-	if (!rec || !is_captured(rec->reason))
+	if (!rec)
 		return false;
+	if (which == NAME && rec->flags & RECORD_BOUND && !ctx->sk->src_port &&
+	    !ctx->sk->dst_port) { /* disconnected: it would have no address */
+		__builtin_memset(addr, 0, sizeof(*addr));
+		return true;
+	}
+	if (!is_captured(rec->reason))
+		return false;
+	if (rec->via && ctx->sk->dst_port != bpf_htons(rec->via))
+		return false; /* UDP: asked by datagrams, or connected unseen since */
 	client = !(rec->flags & RECORD_ACCEPTED);
 	destination = client && which == PEER;
 	if (!client && rec->reason == CAPTURED_SELF) {

@@ -148,7 +148,7 @@ static __always_inline __u32 index_of(__u64 cookie, struct packet *p, bool *skip
 	forwarded_key(&key, cookie, p, SRC);
 	if (p->flags & TCP_FLAG_SYN) { /* a new connection, whatever was before */
 		bpf_map_delete_elem(&forwarded, &key);
-		return book(cookie, &p->dst, port);
+		return book_index(cookie, &p->dst, port);
 	}
 	*skip = bpf_map_lookup_elem(&forwarded, &key);
 	return booked(cookie, &p->dst, port);

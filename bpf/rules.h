@@ -153,6 +153,14 @@ struct call {
 	__u32 mark; /* SO_MARK */
 };
 
+/* From 127.0.0.6 or ::6? Who calls ::6 itself gets it as the source. */
+static __always_inline bool from_proxy_source(const struct call *c)
+{
+	if (addr_is_any(&c->src))
+		return addr_is6_low(&c->dst, 6);
+	return addr_is_proxy_source(&c->src);
+}
+
 static __always_inline enum interface_kind interface_kind(__u64 cookie, __u32 ifindex)
 {
 	struct interface_key key = { .cookie = cookie, .ifindex = ifindex };
@@ -290,10 +298,9 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	if (by_port == RULE_DIRECT)
 		return DIRECT_PORT_OUT; /* O1 */
 	proxy = proxy_flags(pod->rules_id, uid, gid);
-	if (tcp && local && is_capture_port(pod, c->port) &&
-	    (proxy || addr_is_proxy_source(&c->src)))
+	if (tcp && local && is_capture_port(pod, c->port) && (proxy || from_proxy_source(c)))
 		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
-	if (local && addr_is_proxy_source(&c->src))
+	if (local && from_proxy_source(c))
 		return DIRECT_PROXY_SOURCE; /* O2 */
 	if (tcp && local && !lo && is_self_call(pod, c, proxy, dns))
 		return CAPTURED_SELF; /* O3, O6 */

@@ -312,6 +312,7 @@ struct listener_key {
 enum record_flags {
 	RECORD_ACCEPTED = 1 << 0, /* the proxy's end of a captured connection */
 	RECORD_PRESENT_SRC = 1 << 1, /* show src in place of the loopback source */
+	RECORD_BOUND = 1 << 2, /* UDP: connect bound the socket to src, not the app */
 };
 
 /* orig_dst (socket storage) and handshakes: what a connection was meant to be */
@@ -319,7 +320,7 @@ struct record {
 	struct addr dst; /* original destination */
 	struct addr src; /* the pod's address, if RECORD_PRESENT_SRC */
 	__u16 dport;
-	__u16 pad;
+	__u16 via; /* UDP: the port of the DNS proxy, to which it goes instead */
 	enum reason reason;
 	enum record_flags flags;
 };

@@ -272,13 +272,16 @@ int sock_ops(struct bpf_sock_ops *ctx)
 /* Sockops cannot ask who calls listen(): bind(), in the same process, can. In a
  * namespace that is not enrolled (yet) the usual ports are noted.
  */
-static __always_inline int on_bound(struct bpf_sock *ctx)
+static __always_inline int on_bound(struct bpf_sock *ctx, __be32 v4)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx), id;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	__u32 port = ctx->src_port;
 	struct binder *binder;
 
+	if (pod && pod->flags & POD_DNS && port == pod->dns_port && target_index_of(v4) &&
+	    ctx->protocol == IPPROTO_UDP)
+		return 0; /* what it sends would pass for the DNS proxy's answers */
 	if (pod ? !is_capture_port(pod, port) : port != DEFAULT_OUT_PORT && port != DEFAULT_IN_PORT)
 		return 1;
 	binder = bpf_sk_storage_get(&binders, ctx, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -293,11 +296,13 @@ static __always_inline int on_bound(struct bpf_sock *ctx)
 SEC("cgroup/post_bind4")
 int post_bind4(struct bpf_sock *ctx)
 {
-	return on_bound(ctx);
+	return on_bound(ctx, NOW(ctx->src_ip4));
 }
 
 SEC("cgroup/post_bind6")
 int post_bind6(struct bpf_sock *ctx)
 {
-	return on_bound(ctx);
+	bool is4 = !ctx->src_ip6[0] && !ctx->src_ip6[1] && ctx->src_ip6[2] == bpf_htonl(0xffff);
+
+	return on_bound(ctx, is4 ? ctx->src_ip6[3] : 0);
 }

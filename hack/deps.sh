@@ -18,7 +18,7 @@ usage() {
 usage: hack/deps.sh GROUP...
   build  make, git and certificates for the Go module proxy
   demo   a proxy (HAProxy), the reference CNI plugins, ip and bpftool
-  test   demo, and iptables to compare with
+  test   demo, iptables to compare with, and DNS resolvers
   race   a C compiler for the race detector
   bpf    clang, llvm and headers to regenerate the BPF objects
   lint   clang-format and shellcheck
@@ -33,7 +33,7 @@ group_packages() {
 	case $1 in
 	build) echo make=make git=git ca-certificates ;;
 	demo) echo haproxy=haproxy containernetworking-plugins iproute2=ip bpftool=bpftool ;;
-	test) echo "$(group_packages demo) iptables=iptables" ;;
+	test) echo "$(group_packages demo) iptables=iptables bind9-dnsutils=dig musl-tools=musl-gcc gcc=gcc libc6-dev util-linux=setpriv mount=mount" ;;
 	race) echo gcc=gcc libc6-dev ;;
 	bpf) echo clang-19=clang-19 llvm-19=llvm-strip-19 libbpf-dev linux-libc-dev bpftool=bpftool ;;
 	lint) echo clang-format-19=clang-format-19 shellcheck=shellcheck ;;

@@ -22,6 +22,8 @@ type enrollFlags struct {
 	inbound, tc string
 	capture     string
 	noGuard     bool
+	dns         bool
+	dnsPort     uint16
 }
 
 func newEnroll(c *common) *cobra.Command {
@@ -66,6 +68,8 @@ are seen by "sluicectl watch", or once by "sluicectl refresh".`,
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.StringVar(&f.capture, "capture", string(rules.Always), "since when outbound is captured: always, or proxy-ready (direct until the proxy listens, for init containers)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
+	fl.BoolVar(&f.dns, "dns", false, "capture port 53, UDP and TCP, to the DNS proxy on 127.0.0.1 and ::1")
+	fl.Uint16Var(&f.dnsPort, "dns-port", rules.DefaultDNSPort, "port of the DNS proxy")
 	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
 	return cmd
 }
@@ -146,7 +150,7 @@ func (f enrollFlags) parse(stdin io.Reader) (datapath.Pod, mesh.Decision, error)
 		return pod, decision, err
 	}
 	pod.Rules = decision.Rules
-	return pod, decision, refuseUnsupported(pod.Rules)
+	return pod, decision, nil
 }
 
 func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
@@ -169,6 +173,7 @@ func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
 	if base.From, err = rules.ParseFrom(f.capture); err != nil {
 		return none, fmt.Errorf("--capture: %w", err)
 	}
+	base.DNS, base.DNSPort = f.dns, f.dnsPort
 	annotations := map[string]string{}
 	for _, text := range f.annotations {
 		key, value, ok := strings.Cut(text, "=")

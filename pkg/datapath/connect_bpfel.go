@@ -263,7 +263,7 @@ type connectRecord struct {
 	Dst    connectAddr
 	Src    connectAddr
 	Dport  uint16
-	Pad    uint16
+	Via    uint16
 	Reason connectReason
 	Flags  connectRecordFlags
 }
@@ -273,6 +273,7 @@ type connectRecordFlags uint32
 const (
 	connectRecordFlagsRECORD_ACCEPTED    connectRecordFlags = 1
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
+	connectRecordFlagsRECORD_BOUND       connectRecordFlags = 4
 )
 
 type connectReroute struct {

@@ -11,3 +11,4 @@ package datapath
 //go:generate object inbound ../../bpf/inbound.c
 //go:generate object tc ../../bpf/tc.c
 //go:generate object reroute ../../bpf/reroute.c
+//go:generate object udp ../../bpf/udp.c

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf"
@@ -34,9 +35,18 @@ var nodeHooks = []nodeHook{
 	{"post_bind4", ebpf.AttachCGroupInet4PostBind, false},
 	{"post_bind6", ebpf.AttachCGroupInet6PostBind, false},
 	{"sock_ops", ebpf.AttachCGroupSockOps, false},
+	{"recvmsg4", ebpf.AttachCGroupUDP4Recvmsg, false},
+	{"recvmsg6", ebpf.AttachCGroupUDP6Recvmsg, false},
+	{"sendmsg4", ebpf.AttachCGroupUDP4Sendmsg, false},
+	{"sendmsg6", ebpf.AttachCGroupUDP6Sendmsg, false},
 	{"connect4", ebpf.AttachCGroupInet4Connect, false},
 	{"connect6", ebpf.AttachCGroupInet6Connect, false},
 }
+
+// udpHooks capture DNS over UDP, and are left out where the kernel lacks one.
+var udpHooks = []string{"recvmsg4", "recvmsg6", "sendmsg4", "sendmsg6"}
+
+func isUDP(hook string) bool { return slices.Contains(udpHooks, hook) }
 
 // Up loads, pins and attaches the node's programs. Where they are attached
 // already it replaces them in place, each link atomically, and those of every
@@ -76,6 +86,9 @@ func (d *Datapath) up() error {
 		return err
 	}
 	for _, hook := range nodeHooks {
+		if isUDP(hook.name) && !d.features.UDP {
+			continue
+		}
 		if err := d.attachNode(hook, programs[hook.name]); err != nil {
 			return err
 		}
@@ -101,7 +114,11 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 			c.Close()
 		}
 	}
-	for _, spec := range []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt} {
+	wanted := []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt}
+	if d.features.UDP {
+		wanted = append(wanted, specs.udp)
+	}
+	for _, spec := range wanted {
 		c, err := d.load(spec, values)
 		if err != nil {
 			closeAll()

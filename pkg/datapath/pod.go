@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -68,6 +69,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.features.IngressIfindex {
 		return Enrolment{}, errors.New("this kernel does not tell sk_lookup programs where a packet came in (Linux 5.17 does), so no interface can be excluded: enroll without excludeInterfaces")
 	}
+	if err := d.canCaptureDNS(pod.Rules); err != nil {
+		return Enrolment{}, err
+	}
 	unlock, err := lock(d.opts.Dir)
 	if err != nil {
 		return Enrolment{}, err
@@ -105,6 +109,23 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 		err = d.dropRules(before.RulesId)
 	}
 	return out, err
+}
+
+// canCaptureDNS refuses rules of which the half that is UDP would be ignored: by
+// the kernel, or by a node whose programs an earlier version attached.
+func (d *Datapath) canCaptureDNS(r rules.Rules) error {
+	if !r.DNS {
+		return nil
+	}
+	if !d.features.UDP {
+		return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
+	}
+	for _, hook := range udpHooks {
+		if _, err := os.Stat(d.nodePin(hook)); err != nil {
+			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it (%w)", ErrNotUp, hook, err)
+		}
+	}
+	return nil
 }
 
 func (p connectPod) tcAttach() TCAttach {

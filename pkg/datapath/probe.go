@@ -23,6 +23,7 @@ type Features struct {
 	MPTCPSock      bool // MPTCP clients and proxies see the original destination
 	IngressIfindex bool // sk_lookup knows loopback traffic by its interface
 	TCX            bool // TC programs can be attached by link
+	UDP            bool // DNS over UDP can be captured
 }
 
 // A Finding is one thing that was looked for, and what follows from it.
@@ -68,6 +69,7 @@ func (f *Features) optional() []struct {
 		{probe{"bpf_skc_to_mptcp_sock", "5.19", "MPTCP sockets do not see the original destination", helper(ebpf.SockOps, asm.FnSkcToMptcpSock)}, &f.MPTCPSock},
 		{probe{"ingress_ifindex in sk_lookup programs", "5.17", "loopback traffic is told by its addresses, and TPROXY mode cannot be had", probeIngressIfindex}, &f.IngressIfindex},
 		{probe{"TCX links", "6.6", "--tc=tcx cannot be asked for; --inbound=tc refuses MPTCP listeners with SO_REUSEPORT", probeTCX}, &f.TCX},
+		{probe{"sendmsg and recvmsg programs", "5.2", "--dns cannot be asked for: DNS over UDP cannot be captured", probeUDP}, &f.UDP},
 	}
 }
 
@@ -144,6 +146,16 @@ func probeIngressIfindex() error {
 			asm.Mov.Imm(asm.R0, 1),
 			asm.Return(),
 		},
+	})
+	return closeProbe(prog, err)
+}
+
+// probeUDP tries the youngest of the four: recvmsg came for both families at once,
+// after sendmsg.
+func probeUDP() error {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupUDP4Recvmsg, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
 	})
 	return closeProbe(prog, err)
 }

@@ -188,7 +188,7 @@ type rerouteRecord struct {
 		B [16]uint8
 	}
 	Dport  uint16
-	Pad    uint16
+	Via    uint16
 	Reason uint32
 	Flags  uint32
 }

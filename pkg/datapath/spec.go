@@ -92,14 +92,15 @@ type Datapath struct {
 }
 
 // nodeSpecs are the programs that the node carries.
-type nodeSpecs struct{ connect, names, sockops, sockopt *ebpf.CollectionSpec }
+type nodeSpecs struct{ connect, names, sockops, sockopt, udp *ebpf.CollectionSpec }
 
 func loadNodeSpecs() (s nodeSpecs, err error) {
-	var errs [4]error
+	var errs [5]error
 	s.connect, errs[0] = loadConnect()
 	s.names, errs[1] = loadNames()
 	s.sockops, errs[2] = loadSockops()
 	s.sockopt, errs[3] = loadSockopt()
+	s.udp, errs[4] = loadUdp()
 	return s, errors.Join(errs[:]...)
 }
 

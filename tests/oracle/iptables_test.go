@@ -1,0 +1,217 @@
+package oracle
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"github.com/sluice-mesh/sluice/pkg/rules"
+	"github.com/sluice-mesh/sluice/tests/kit"
+)
+
+// iptables is what Istio's CNI plugin writes into a pod with these rules, for one
+// family, as iptables-restore reads it. Each line bears the name that
+// docs/rules.md gives to what it does.
+type iptables struct {
+	rules.Rules
+	v6    bool
+	omit  string // leave the lines of this name out
+	lines []string
+}
+
+func istioRules(r rules.Rules, v6 bool, omit string) string {
+	i := &iptables{Rules: r, v6: v6, omit: omit}
+	i.table("nat", "ISTIO_INBOUND", "ISTIO_REDIRECT", "ISTIO_IN_REDIRECT", "ISTIO_OUTPUT", "ISTIO_OUTPUT_DNS")
+	i.add("", "-A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.OutboundPort)
+	i.add("", "-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.InboundPort)
+	i.inbound()
+	for _, name := range r.ExcludeInterfaces {
+		i.add("O0", "-A OUTPUT -o %s -j RETURN", name)
+	}
+	i.add("", "-A OUTPUT -j ISTIO_OUTPUT")
+	i.output()
+	i.commit()
+	i.table("raw")
+	if r.DNS {
+		i.zones()
+	}
+	i.commit()
+	return strings.Join(i.lines, "\n") + "\n"
+}
+
+func (i *iptables) add(name, format string, args ...any) {
+	if name == "" || name != i.omit {
+		i.lines = append(i.lines, fmt.Sprintf(format, args...))
+	}
+}
+
+func (i *iptables) table(name string, chains ...string) {
+	builtin := []string{"PREROUTING", "OUTPUT"}
+	if name == "nat" {
+		builtin = []string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"}
+	}
+	i.add("", "*%s", name)
+	for _, chain := range builtin {
+		i.add("", ":%s ACCEPT [0:0]", chain)
+	}
+	for _, chain := range chains {
+		i.add("", ":%s - [0:0]", chain)
+	}
+}
+
+func (i *iptables) commit() { i.add("", "COMMIT") }
+
+func (i *iptables) inbound() {
+	for _, name := range i.ExcludeInterfaces {
+		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
+	}
+	if !i.IncludeInboundPorts.All && len(i.IncludeInboundPorts.List) == 0 {
+		return
+	}
+	i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
+	i.add("I1", "-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN")
+	if !i.IncludeInboundPorts.All {
+		for _, port := range i.IncludeInboundPorts.List {
+			i.add("I3", "-A ISTIO_INBOUND -p tcp --dport %d -j ISTIO_IN_REDIRECT", port)
+		}
+		return
+	}
+	for _, port := range i.ExcludeInboundPorts {
+		i.add("I2", "-A ISTIO_INBOUND -p tcp --dport %d -j RETURN", port)
+	}
+	i.add("I3", "-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT")
+}
+
+// loopback and source are the addresses that the family has for these.
+func (i *iptables) loopback() string {
+	if i.v6 {
+		return "::1/128"
+	}
+	return i.Loopback.String()
+}
+
+func (i *iptables) source() string {
+	if i.v6 {
+		return "::6/128"
+	}
+	return "127.0.0.6/32"
+}
+
+func (i *iptables) output() {
+	for _, port := range i.ExcludeOutboundPorts {
+		i.add("O1", "-A ISTIO_OUTPUT -p tcp --dport %d -j RETURN", port)
+		i.add("O1", "-A ISTIO_OUTPUT -p udp --dport %d -j RETURN", port)
+	}
+	i.add("O2", "-A ISTIO_OUTPUT -o lo -s %s -j RETURN", i.source())
+	self := "! --dport 15008"
+	if i.DNS {
+		self = "-m multiport ! --dports 53,15008"
+	}
+	for _, uid := range i.ProxyUIDs {
+		i.identity([3]string{"O3", "O4", "O5"}, fmt.Sprintf("--uid-owner %d", uid), self)
+	}
+	for _, gid := range i.ProxyGIDs {
+		i.identity([3]string{"O6", "O7", "O8"}, fmt.Sprintf("--gid-owner %d", gid), "! --dport 15008")
+	}
+	i.owners()
+	if i.DNS {
+		i.add("O10", "-A ISTIO_OUTPUT -p udp -j ISTIO_OUTPUT_DNS")
+		i.add("O10", "-A ISTIO_OUTPUT -p tcp -j ISTIO_OUTPUT_DNS")
+		i.add("", "-A ISTIO_OUTPUT_DNS -p tcp --dport 53 -j REDIRECT --to-ports %d", i.DNSPort)
+		i.add("", "-A ISTIO_OUTPUT_DNS -p udp --dport 53 -j REDIRECT --to-ports %d", i.DNSPort)
+	}
+	i.add("O11", "-A ISTIO_OUTPUT -d %s -j RETURN", i.loopback())
+	for _, prefix := range i.ofFamily(i.ExcludeOutboundCIDRs) {
+		i.add("O12", "-A ISTIO_OUTPUT -d %s -j RETURN", prefix)
+	}
+	for _, port := range i.IncludeOutboundPorts {
+		i.add("O13", "-A ISTIO_OUTPUT -p tcp --dport %d -j ISTIO_REDIRECT", port)
+	}
+	if i.IncludeOutboundCIDRs.All {
+		i.add("O14", "-A ISTIO_OUTPUT -j ISTIO_REDIRECT")
+	}
+	for _, prefix := range i.ofFamily(i.IncludeOutboundCIDRs.List) {
+		i.add("O14", "-A ISTIO_OUTPUT -d %s -j ISTIO_REDIRECT", prefix)
+	}
+}
+
+// identity adds the three lines of a UID or GID of the proxy.
+func (i *iptables) identity(names [3]string, owner, self string) {
+	i.add(names[0], "-A ISTIO_OUTPUT -o lo ! -d %s -p tcp %s -m owner %s -j ISTIO_IN_REDIRECT", i.loopback(), self, owner)
+	if !slices.ContainsFunc(i.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
+		tcp := ""
+		if i.DNS {
+			tcp = "-p tcp ! --dport 53 "
+		}
+		i.add(names[1], "-A ISTIO_OUTPUT -o lo %s-m owner ! %s -j RETURN", tcp, owner)
+	}
+	i.add(names[2], "-A ISTIO_OUTPUT -m owner %s -j RETURN", owner)
+}
+
+func (i *iptables) owners() {
+	if i.OwnerGroups.All {
+		for _, gid := range i.ExcludeOwnerGroups {
+			i.add("O9", "-A ISTIO_OUTPUT -m owner --gid-owner %d -j RETURN", gid)
+		}
+		return
+	}
+	var none string
+	for _, gid := range i.OwnerGroups.List {
+		none += fmt.Sprintf(" -m owner ! --gid-owner %d", gid)
+	}
+	i.add("O9", "-A ISTIO_OUTPUT%s -j RETURN", none)
+}
+
+// zones keep the two halves of a captured UDP query apart in conntrack.
+func (i *iptables) zones() {
+	for _, owner := range i.identities() {
+		i.add("", "-A OUTPUT -p udp --dport 53 -m owner %s -j CT --zone 1", owner)
+		i.add("", "-A OUTPUT -p udp --sport %d -m owner %s -j CT --zone 2", i.DNSPort, owner)
+	}
+	i.add("", "-A OUTPUT -p udp --dport 53 -j CT --zone 2")
+	i.add("", "-A PREROUTING -p udp --sport 53 -j CT --zone 1")
+}
+
+func (i *iptables) identities() (out []string) {
+	for _, uid := range i.ProxyUIDs {
+		out = append(out, fmt.Sprintf("--uid-owner %d", uid))
+	}
+	for _, gid := range i.ProxyGIDs {
+		out = append(out, fmt.Sprintf("--gid-owner %d", gid))
+	}
+	return out
+}
+
+func (i *iptables) ofFamily(prefixes []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range prefixes {
+		if p.Addr().Is6() == i.v6 {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// restore loads rules into the namespace, in place of those that are there.
+// Backend is "legacy" or "nft".
+func restore(ns *kit.NS, backend string, r rules.Rules, omit string) error {
+	for _, v6 := range []bool{false, true} {
+		name := "iptables-" + backend + "-restore"
+		if v6 {
+			name = "ip6tables-" + backend + "-restore"
+		}
+		cmd := exec.Command(name)
+		text := istioRules(r, v6, omit)
+		cmd.Stdin = strings.NewReader(text)
+		var out strings.Builder
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := ns.Do(cmd.Start); err != nil { // a child is in the namespace of its parent's thread
+			return fmt.Errorf("run %s (Debian, Ubuntu: apt-get install iptables): %w", name, err)
+		}
+		if err := cmd.Wait(); err != nil {
+			return fmt.Errorf("%s: %w: %s\n%s", name, err, out.String(), text)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,251 @@
+package oracle
+
+import (
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// comparison is of one probe: what iptables did, what is wanted of Sluice (the
+// same, but for the differences that are listed), what Sluice did.
+type comparison struct {
+	config
+	probe
+	both      bool // Sluice on top of iptables
+	want, got outcome
+}
+
+// listed are the differences, by the anchor of their row in
+// docs/compatibility.md. Each says whether it is about this probe and, if so,
+// changes what is wanted. In order: a later one sees what earlier ones want.
+var listed = []struct {
+	id    string
+	about func(x *comparison)
+}{
+	{"port-taken", portTaken},
+	{"no-route", noRoute},
+	{"bound-loopback", boundLoopback},
+	{"loop", loop},
+	{"device", device},
+	{"in-name", inName},
+	{"in-15001", inOutboundPort},
+	{"own-port", ownPort},
+	{"shown-source", shownSource},
+	{"names", names},
+	{"both-loopback", bothLoopback},
+}
+
+// judge says whether Sluice did what it should, and which listed differences
+// that took.
+func judge(c config, p probe, both bool, iptables, got outcome) (ok bool, want outcome, ids []string) {
+	x := comparison{config: c, probe: p, both: both, want: iptables, got: got}
+	if p.Then.IsValid() && iptables.First != nil && got.First != nil {
+		first := p
+		first.Then = netip.AddrPort{}
+		_, wantFirst, idsFirst := judge(c, first, both, *iptables.First, *got.First)
+		if wantFirst.Result != "connected" && iptables.First.Result == "connected" {
+			x.want = outcome{Result: "not tried"}
+		}
+		x.want.First = &wantFirst
+		ids = idsFirst
+		x.To = p.Then
+	}
+	for _, l := range listed {
+		before := x.want
+		if l.about(&x); !x.want.equal(before) {
+			ids = append(ids, l.id)
+		}
+	}
+	return x.got.equal(x.want), x.want, ids
+}
+
+func (x *comparison) toLocal() bool {
+	a := x.To.Addr()
+	return a.IsLoopback() || a.IsUnspecified() || slices.Contains(own, a) || a == lo[4]
+}
+
+// captured: from the pod, by the proxy in place of who was called.
+func (x *comparison) captured() bool {
+	if x.From != inPod || x.UDP || !strings.HasPrefix(x.want.By, "proxy:") {
+		return false
+	}
+	// A captured call of 127.0.0.1:15001 itself cannot be told by the addresses.
+	return x.want.Peer != x.want.ByName || strings.HasPrefix(x.got.ByName, "booked:")
+}
+
+// tried: Sluice has captured it, though iptables below may have refused it.
+func (x *comparison) tried() bool {
+	return x.got.Result == "connected" || x.both && x.got.Result == "ECONNREFUSED"
+}
+
+// captor is who gets a captured connection, and where it listens.
+func (x *comparison) captor() (by, at string) {
+	by, port := "proxy:out", x.Rules.OutboundPort
+	if x.Rules.DNS && x.To.Port() == portDNS {
+		by, port = "proxy:dns", x.Rules.DNSPort
+	}
+	if x.To.Addr().Is4() {
+		return by, netip.AddrPortFrom(lo[0], port).String()
+	}
+	return by, netip.AddrPortFrom(lo[3], port).String()
+}
+
+// primary is the address that a pod's captured connections show as their source.
+func (x *comparison) primary() netip.Addr {
+	if x.To.Addr().Is4() {
+		return own[0]
+	}
+	return own[4]
+}
+
+func (x *comparison) captureFrom(source netip.Addr) {
+	by, at := x.captor()
+	x.want = outcome{Result: "connected", Name: source.String() + " p", Peer: x.To.String(),
+		By: by, ByName: at, ByPeer: source.String() + " p", OrigDst: x.To.String(), First: x.want.First}
+}
+
+// portTaken: REDIRECT finds the client's port taken on the proxy's address, and
+// gives it another one.
+func portTaken(x *comparison) {
+	x.want.ByPeer = strings.Replace(x.want.ByPeer, " other", " p", 1)
+	if x.both {
+		x.got.ByPeer = strings.Replace(x.got.ByPeer, " other", " p", 1)
+	}
+}
+
+func noRoute(x *comparison) {
+	if !slices.Contains(lost, x.To.Addr()) || x.want.Result != "ENETUNREACH" || !x.tried() {
+		return
+	}
+	x.captureFrom(x.primary())
+}
+
+// boundLoopback: an IPv4 socket bound to 127.0.0.0/8 cannot leave the pod, and
+// is captured all the same.
+func boundLoopback(x *comparison) {
+	if !x.Source.IsValid() || !x.Source.IsLoopback() || x.want.Result != "EINVAL" || !x.tried() {
+		return
+	}
+	x.captureFrom(x.Source)
+}
+
+// loop: the proxy, or who calls from its source, calls its own ports.
+func loop(x *comparison) {
+	port := x.To.Port()
+	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+		return
+	}
+	source := x.Source
+	if !source.IsValid() && x.To.Addr() == lo[4] {
+		source = lo[4] // the kernel's choice
+	}
+	proxy := slices.Contains(x.Rules.ProxyUIDs, uint32(x.ID.UID)) || slices.Contains(x.Rules.ProxyGIDs, uint32(x.ID.GID))
+	if !proxy && source != lo[2] && source != lo[4] {
+		return
+	}
+	x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
+}
+
+// device: no answer in either way; over IPv6 the kernel says so at once.
+func device(x *comparison) {
+	if x.Device == "" || x.want.Result != "timed out" || x.To.Addr().Is4() || x.got.Result != "ENETUNREACH" {
+		return
+	}
+	x.want.Result = "ENETUNREACH"
+}
+
+func inName(x *comparison) {
+	if x.both || x.From == inPod || x.want.By != "proxy:in" {
+		return
+	}
+	x.want.ByName = x.To.String()
+}
+
+func inOutboundPort(x *comparison) {
+	if x.both || x.From == inPod || x.want.By != "proxy:in" || x.To.Port() != x.Rules.OutboundPort {
+		return
+	}
+	x.want.OrigDst = "ENOENT"
+}
+
+func ownPort(x *comparison) {
+	if x.want.By == "proxy:out" && !x.UDP && !x.captured() {
+		x.want.OrigDst = "ENOENT"
+	}
+}
+
+// shownSource: iptables leaves the source that the route gives; Sluice shows the
+// pod's first address or, of a call to an own address, that one.
+func shownSource(x *comparison) {
+	a := x.To.Addr()
+	if !x.captured() || x.Source.IsValid() || a.IsLoopback() || a.IsUnspecified() {
+		return
+	}
+	shown := x.primary()
+	if x.toLocal() {
+		shown = a
+	}
+	x.want.Name, x.want.ByPeer = shown.String()+" p", shown.String()+" p"
+}
+
+// names: the proxy's own end of a captured connection.
+func names(x *comparison) {
+	if !x.captured() || x.To.Addr().Is6() || x.want.By != "proxy:out" {
+		return
+	}
+	address, port, _ := strings.Cut(x.want.ByName, ":")
+	if address != "127.0.0.1" {
+		return
+	}
+	x.want.ByName = "booked:" + port
+	if x.Source.IsValid() {
+		x.want.ByName = "announced:" + port
+	}
+}
+
+// bothLoopback: where an include range is loopback, Istio's O4 line is left out,
+// and its O13 or O14 line redirects to 127.0.0.1:15001 what Sluice has sent to
+// another address, or to the DNS proxy.
+func bothLoopback(x *comparison) {
+	r := x.Rules
+	if !x.both || x.Source == lo[2] || !slices.ContainsFunc(r.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
+		return
+	}
+	sent, ok := x.sent()
+	holds := func(p netip.Prefix) bool { return p.Contains(sent.Addr()) }
+	if !ok || slices.Contains(r.ExcludeOutboundPorts, sent.Port()) || holds(r.Loopback) || slices.ContainsFunc(r.ExcludeOutboundCIDRs, holds) {
+		return
+	}
+	if slices.Contains(r.IncludeOutboundPorts, sent.Port()) || slices.ContainsFunc(r.IncludeOutboundCIDRs.List, holds) {
+		x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
+	}
+}
+
+// sent is where Sluice sends a captured connection of an app over IPv4.
+func (x *comparison) sent() (netip.AddrPort, bool) {
+	kind, _, _ := strings.Cut(x.want.ByName, ":")
+	switch {
+	case x.To.Addr().Is6():
+	case kind == "booked", x.To.String() == x.want.ByName && x.got.Result == "ECONNREFUSED": // captured or not looks alike
+		return netip.AddrPortFrom(netip.MustParseAddr("127.192.0.1"), x.Rules.OutboundPort), true
+	case kind == "announced":
+		return netip.AddrPortFrom(netip.MustParseAddr("127.128.0.1"), x.Rules.OutboundPort), true
+	case x.captured() && x.want.By == "proxy:dns":
+		return netip.AddrPortFrom(lo[0], x.Rules.DNSPort), true
+	}
+	return netip.AddrPort{}, false
+}
+
+func TestEveryListedDifferenceIsDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../docs/compatibility.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range listed {
+		if !strings.Contains(string(text), `<a id="`+l.id+`"></a>`) {
+			t.Errorf("docs/compatibility.md has no row with the anchor %q", l.id)
+		}
+	}
+}
