@@ -103,7 +103,7 @@ func (d *Datapath) rerouteInterfaces(ns *netns.NetNS, network netns.Network, ent
 		}
 		more, e := d.rerouteOne(ns, l, flags, missing)
 		attached = append(attached, more...)
-		if e != nil && !(missing && isGone(e)) { // it may go while it is looked at
+		if e != nil && (!missing || !isGone(e)) { // it may go while it is looked at
 			err = errors.Join(err, e)
 		}
 	}
