@@ -150,7 +150,8 @@ func TestValidationWithGosOwnListeners(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				var dialer net.Dialer
+				// Unbound, a call of ::6 would come from ::6, as the proxy calls the app.
+				dialer := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(ap(v.self, 0))}
 				client, err := dialer.DialContext(context.Background(), "tcp", ap(v.virtual, validationPort).String())
 				if err != nil {
 					return err

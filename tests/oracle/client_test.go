@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -274,19 +276,19 @@ func (c *client) finish(from unix.Sockaddr) {
 		c.out.Peer = strings.TrimSpace(c.out.Peer + " answer from " + shown(from))
 	}
 	c.out.By, c.out.ByName, c.out.OrigDst = said.By, unnumbered(said.Name), said.OrigDst
-	c.out.ByPeer = shownAs(said.Peer, mine)
+	c.out.ByPeer = shownAs(unnumbered(said.Peer), mine)
 }
 
 // shownAs replaces the port that the kernel chose for the client.
 func shownAs(text string, mine uint16) string {
-	ap, err := netip.ParseAddrPort(text)
-	if err != nil {
+	host, port, err := net.SplitHostPort(text)
+	switch {
+	case err != nil:
 		return text
+	case port == strconv.Itoa(int(mine)):
+		return host + " p"
 	}
-	if ap.Port() == mine {
-		return ap.Addr().String() + " p"
-	}
-	return ap.Addr().String() + " other"
+	return host + " other"
 }
 
 // unnumbered shows the addresses that Sluice uses up one after another, or draws

@@ -98,8 +98,6 @@ func asJSON(v any) string {
 // notYet is what Sluice does not do so far. Whoever makes it do so deletes the
 // line here, and the configurations and probes are run from then on.
 var notYet = map[string]gap{
-	"UDP DNS capture":   {probe: isUDPDNS},
-	"excludeInterfaces": {config: func(c config) bool { return len(c.Rules.ExcludeInterfaces) > 0 }},
 	"rerouteInterfaces": {config: func(c config) bool { return len(c.Rules.RerouteInterfaces) > 0 }},
 	"TPROXY mode":       {config: func(c config) bool { return c.Rules.Mode == rules.TProxy }},
 }

@@ -148,7 +148,8 @@ func TestTable(t *testing.T) {
 		return
 	}
 	for _, d := range listed {
-		if l.used[d.id] == 0 && d.id != "port-taken" { // that one is chance
+		_, noDNS := notYet["UDP DNS capture"]
+		if l.used[d.id] == 0 && d.id != "port-taken" && !(d.id == "dns-source" && noDNS) { // the first is chance
 			t.Errorf("no probe of the table has the listed difference %q: take it off the list", d.id)
 		}
 	}
