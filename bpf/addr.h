@@ -16,6 +16,11 @@
 #define SPREAD4 0x7f800000 /* 127.128.0.0/10: announced connections */
 #define TARGETS4 0x7fc00000 /* 127.192.0.0/10: addresses of the address book */
 #define SPREAD4_MASK 0x003fffff
+/* fd73:6c75:6963:6500::/96 ("sluice"): the address book for IPv6 destinations of
+ * machines behind a pod; ::1 is refused where it does not come from lo
+ */
+#define TARGETS6_0 0xfd736c75
+#define TARGETS6_1 0x69636500
 
 /* The 32-bit word of an address, network order. */
 static __always_inline __be32 addr_word(const struct addr *a, int i)
@@ -97,6 +102,20 @@ static __always_inline __u32 target_index_of(__be32 v4)
 	__u32 a = bpf_ntohl(v4);
 
 	return (a & ~SPREAD4_MASK) == TARGETS4 ? a & SPREAD4_MASK : 0;
+}
+
+static __always_inline bool addr_is_target6(const struct addr *a)
+{
+	return addr_word(a, 0) == bpf_htonl(TARGETS6_0) &&
+	       addr_word(a, 1) == bpf_htonl(TARGETS6_1) && !addr_word(a, 2);
+}
+
+/* target_index_of, for both families. */
+static __always_inline __u32 target_index_of_addr(const struct addr *a)
+{
+	if (addr_is4(a))
+		return target_index_of(addr_word(a, 3));
+	return addr_is_target6(a) ? bpf_ntohl(addr_word(a, 3)) : 0;
 }
 
 /* The source with which the proxy calls the app. */

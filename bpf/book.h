@@ -6,10 +6,10 @@
 #include "config.h"
 #include "targets.h"
 
-/* The address that stands for a destination. Two first connects at once may get
- * one each: both are right.
+/* The index that stands for a destination, made if there is none; 0: the pod's
+ * share is used up. Two first calls at once may get one each: both are right.
  */
-static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 dport)
+static __always_inline __u32 book_index(__u64 cookie, const struct addr *dst, __u16 dport)
 {
 	struct target_index_key key = {
 		.cookie = cookie,
@@ -19,7 +19,7 @@ static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 d
 	__u32 *index = bpf_map_lookup_elem(&target_index, &key), *used;
 
 	if (index)
-		return bpf_htonl(TARGETS4 | *index);
+		return *index;
 	used = bpf_map_lookup_elem(&target_use, &cookie);
 	if (!used || *used >= target_share)
 		return 0;
@@ -29,7 +29,27 @@ static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 d
 	if (bpf_map_update_elem(&targets, &mine, &key.target, BPF_NOEXIST))
 		return 0;
 	bpf_map_update_elem(&target_index, &key, &mine.index, BPF_NOEXIST);
-	return bpf_htonl(TARGETS4 | mine.index);
+	return mine.index;
+}
+
+/* The index that stands for a destination; 0: none. */
+static __always_inline __u32 booked(__u64 cookie, const struct addr *dst, __u16 dport)
+{
+	struct target_index_key key = {
+		.cookie = cookie,
+		.target = { .dst = *dst, .port = dport },
+	};
+	__u32 *index = bpf_map_lookup_elem(&target_index, &key);
+
+	return index ? *index : 0;
+}
+
+/* The IPv4 address that stands for a destination; 0: as above. */
+static __always_inline __be32 book(__u64 cookie, const struct addr *dst, __u16 dport)
+{
+	__u32 index = book_index(cookie, dst, dport);
+
+	return index ? bpf_htonl(TARGETS4 | index) : 0;
 }
 
 #endif

@@ -101,6 +101,31 @@ static __always_inline int from_loopback(struct bpf_sk_lookup *ctx, const struct
 	return SK_PASS; /* to whoever the kernel finds there: an MPTCP listener, for one */
 }
 
+/* From a machine behind a rerouted interface. What is the proxy's comes to an
+ * address of the address book, which the TC program there has put in the place
+ * of where it was meant to go.
+ */
+static __always_inline int from_rerouted(struct bpf_sk_lookup *ctx, const struct scratch *this,
+					 const struct pod *pod, const struct addr *local)
+{
+	if (!addr_is_loopback(local) && !addr_is_target6(local)) {
+		if (!is_rerouted(pod, local)) {
+			count_packet(this, DIRECT_INTERFACE);
+			return SK_PASS;
+		}
+	} else if (ctx->local_port == pod->out_port &&
+		   target_of_addr(pod, this->cookie, local, ctx->local_port)) {
+		if (assign_proxy(ctx, this->cookie, ctx->local_port, LISTENS_TO_ALL)) {
+			count_packet(this, CAPTURED_REROUTED);
+			return SK_PASS;
+		}
+		count_packet(this, REFUSED_NO_LISTENER);
+		return SK_DROP;
+	}
+	count_packet(this, REFUSED_REROUTED); /* the TC program has not seen it */
+	return SK_DROP;
+}
+
 /* When a pod calls its own address, the kernel names the address's interface as
  * the incoming one, not lo. Then the peer's address decides: no packet from
  * outside has one of ours (IPv4 drops martian sources; over IPv6 the answer to
@@ -160,6 +185,13 @@ int inbound(struct bpf_sk_lookup *ctx)
 		return SK_DROP;
 	}
 	read_addrs(ctx, &local, &remote);
+	if (have_ingress_ifindex && pod->flags & POD_REROUTES &&
+	    interface_kind(this->cookie, ctx->ingress_ifindex) == INTERFACE_REROUTED)
+		return from_rerouted(ctx, this, pod, &local);
+	if (addr_is_target6(&local) && pod->flags & POD_REROUTES6) {
+		count_packet(this, REFUSED_REROUTED); /* nobody else has business there */
+		return SK_DROP;
+	}
 	if (addr_is_loopback(&local))
 		return from_loopback(ctx, this, pod, &local, &remote);
 	if (over_loopback(ctx, pod, this->cookie, &remote))

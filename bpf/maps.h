@@ -128,6 +128,31 @@ struct {
 	__type(value, enum interface_kind);
 } interfaces SEC(".maps");
 
+/* The names of the interfaces that pods reroute, and what enrolment changed for
+ * them. User space only. Full: enrolment fails.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, SLUICE_MAX_PODS * 4);
+	__type(key, struct reroute_key);
+	__type(value, struct reroute);
+} reroutes SEC(".maps");
+
+/* Connections between a machine behind a pod and an address and port that the
+ * address book holds as well, which do not go by the proxy: the far end opened
+ * them, or the machine did before the pod was enrolled. Written by reroute_out
+ * for each packet of the far end, read by reroute_in. An entry is a hint that
+ * the next packet repeats, so the oldest may go; without one the machine's
+ * packet goes to the proxy's port and is answered with a RST.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct forwarded_key);
+	__type(value, __u8);
+} forwarded SEC(".maps");
+
 /* What the routing tables of pods that exclude interfaces say, for connect
  * programs may not ask the kernel's; of other pods just the local prefixes.
  * Routes that make no difference are left out. Written by user space, kept
@@ -288,7 +313,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 2);
+	__uint(max_entries, 4);
 	__type(key, enum tc_prog);
 	__type(value, __u32);
 } pod_tc SEC(".maps");

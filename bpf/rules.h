@@ -81,10 +81,8 @@ static __always_inline enum pod_fact assignable(const struct pod *pod, __u16 por
 	return port == pod->out_port ? FACT_OUT_ASSIGNABLE : FACT_IN_ASSIGNABLE;
 }
 
-/* What the ranges say of an address; 0: they do not hold it. RULE_DIRECT is
- * said by an exclude only.
- */
-static __always_inline enum rule_verdict cidr_rule(const struct pod *pod, const struct addr *dst)
+/* What the ranges hold of an address. */
+static __always_inline __u32 cidr_value(const struct pod *pod, const struct addr *dst)
 {
 	enum rule_verdict *verdict = 0;
 
@@ -104,6 +102,24 @@ static __always_inline enum rule_verdict cidr_rule(const struct pod *pod, const 
 		}
 	}
 	return verdict ? *verdict : 0;
+}
+
+/* What the ranges say of an address; 0: they do not hold it. RULE_DIRECT is
+ * said by an exclude only.
+ */
+static __always_inline enum rule_verdict cidr_rule(const struct pod *pod, const struct addr *dst)
+{
+	return cidr_value(pod, dst) & RULE_VERDICT;
+}
+
+/* Is it the proxy's, what a machine behind a rerouted interface sends there by
+ * TCP? Istio asks the includes only.
+ */
+static __always_inline bool is_rerouted(const struct pod *pod, const struct addr *dst)
+{
+	if (!addr_is_unicast(dst))
+		return false;
+	return pod->flags & POD_OUT_DEFAULT_CAPTURE || cidr_value(pod, dst) & RULE_REROUTE;
 }
 
 /* The two ports at which the proxy takes what was captured. */

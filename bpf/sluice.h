@@ -56,6 +56,7 @@ enum reason {
 	DIRECT_OWNER_GROUP, /* the caller's group is not one to capture */
 	DIRECT_NOT_READY, /* the proxy has not listened yet, and the pod may go without */
 	GUARD_OTHER_INTERFACE, /* direct for an excluded interface, and leaves by another */
+	REFUSED_REROUTED, /* came in through a rerouted interface, and cannot be rerouted */
 	REASON_MAX,
 };
 
@@ -78,6 +79,7 @@ enum pod_flags {
 	POD_TPROXY = 1 << 18, /* user space set up the way back for TPROXY mode */
 	POD_REROUTES = 1 << 19, /* has rerouted interfaces */
 	POD_HAS_LOCALS = 1 << 20, /* routes has local prefixes of the pod */
+	POD_REROUTES6 = 1 << 21, /* the address book's IPv6 prefix is on lo */
 };
 
 /* pod_facts: what is found out of a pod while it runs, by sockops and by user
@@ -180,6 +182,8 @@ enum direction {
 enum rule_verdict {
 	RULE_DIRECT = 1,
 	RULE_CAPTURE = 2,
+	RULE_VERDICT = 3, /* mask of the verdict */
+	RULE_REROUTE = 4, /* beside the verdict of an address: an include range holds it */
 };
 
 struct port_rule_key {
@@ -201,6 +205,7 @@ enum interface_kind {
 	INTERFACE_EXCLUDED = 1,
 	INTERFACE_REROUTED = 2,
 	INTERFACE_CARRIER = 3, /* an excluded one stands upon it: a VLAN, a bridge */
+	INTERFACE_OTHER = 4, /* of pods that reroute some: seen, and none of these */
 };
 
 /* interface_names: which interfaces a pod's rules name, there or not. The value
@@ -209,6 +214,30 @@ enum interface_kind {
 struct interface_name {
 	__u64 cookie;
 	char name[16];
+};
+
+/* reroutes: what user space knows of a rerouted interface, by name */
+struct reroute_key {
+	__u64 cookie;
+	char name[16];
+};
+
+struct reroute {
+	__u32 ifindex; /* 0: not seen yet */
+	__u8 changed; /* the two below are what the sysctls were before us */
+	__u8 route_localnet;
+	__u8 arp_announce;
+	__u8 pad;
+};
+
+/* forwarded: a connection of a machine behind the pod that we leave alone */
+struct forwarded_key {
+	__u64 cookie;
+	struct addr machine;
+	struct addr peer;
+	__u16 machine_port;
+	__u16 peer_port;
+	__u32 pad;
 };
 
 /* routes: through which kind of interface a pod's destination is reached */
@@ -255,6 +284,8 @@ struct scratch {
 enum tc_prog {
 	TC_GUARD,
 	TC_INBOUND,
+	TC_REROUTE_IN,
+	TC_REROUTE_OUT,
 };
 
 /* rule_sets: rules_id -> the rules' digest, by which equal ones are found */
@@ -345,6 +376,9 @@ _Static_assert(sizeof(struct own_addr_key) == 24, "own_addr_key");
 _Static_assert(sizeof(struct proxy_id_key) == 12, "proxy_id_key");
 _Static_assert(sizeof(struct port_rule_key) == 12, "port_rule_key");
 _Static_assert(sizeof(struct interface_key) == 16, "interface_key");
+_Static_assert(sizeof(struct reroute_key) == 24, "reroute_key");
+_Static_assert(sizeof(struct reroute) == 8, "reroute");
+_Static_assert(sizeof(struct forwarded_key) == 48, "forwarded_key");
 _Static_assert(sizeof(struct interface_name) == 24, "interface_name");
 _Static_assert(sizeof(struct route4_key) == 16, "route4_key");
 _Static_assert(sizeof(struct route6_key) == 28, "route6_key");

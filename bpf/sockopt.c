@@ -116,11 +116,13 @@ int getsockopt(struct bpf_sockopt *ctx)
 	t = target_of_end(pod, cookie, NOW(sk->src_ip4), sk->src_port);
 	if (!t)
 		t = target_of_end(pod, cookie, NOW(sk->dst_ip4), bpf_ntohs(sk->dst_port));
+	addr_of_sock(&local, sk);
+	if (!t && addr_is_target6(&local))
+		t = target_of_addr(pod, cookie, &local, sk->src_port);
 	if (t)
 		return answer(ctx, &t->dst, t->port);
 	if (kernel_answered(ctx, sk->src_port))
 		goto untouched;
-	addr_of_sock(&local, sk);
 	if (sk->src_port == pod->out_port ||
 	    (addr_is4(&local) && addr_v4(&local) >= SPREAD4 && addr_is_loopback(&local)))
 		return no_answer(ctx, cookie);

@@ -24,6 +24,17 @@ static __always_inline struct target *target_of_end(const struct pod *pod, __u64
 	return is_capture_port(pod, port) ? target_at(cookie, v4) : 0;
 }
 
+/* The same for either family. */
+static __always_inline struct target *target_of_addr(const struct pod *pod, __u64 cookie,
+						     const struct addr *a, __u16 port)
+{
+	struct target_key key = { .cookie = cookie, .index = target_index_of_addr(a) };
+
+	if (!key.index || !is_capture_port(pod, port))
+		return 0;
+	return bpf_map_lookup_elem(&targets, &key);
+}
+
 /* What the source of a captured connection would be without us: the pod's
  * address; towards oneself, the address dialled. 0: what it is.
  */

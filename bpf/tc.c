@@ -9,14 +9,13 @@
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <bpf/bpf_helpers.h>
 #include "sluice.h"
 #include "config.h"
 #include "maps.h"
 #include "addr.h"
+#include "packet.h"
 #include "rules.h"
 #include "stats.h"
 
@@ -24,25 +23,6 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* "No opinion": later programs and filters still run, by TCX and by clsact. */
 #define NEXT TC_ACT_UNSPEC
-
-#define IP_MF 0x2000
-#define IP_OFFSET 0x1fff
-#define TCP_FLAG_SYN 0x02
-#define TCP_FLAG_ACK 0x10
-#define MIN_TCP 14 /* up to the flags */
-#define MAX_EXT_HEADERS 6
-
-struct packet {
-	struct addr src, dst;
-	__be16 sport, dport;
-	__u8 flags;
-};
-
-enum parsed {
-	NOT_TCP, /* or a later fragment, or not IP */
-	TCP,
-	TCP_HIDDEN, /* TCP whose flags cannot be seen: no honest stack sends it */
-};
 
 /* Most packets are seen through with three comparisons: TCP that is no SYN, UDP,
  * ICMP. Whatever is not plainly harmless is parsed in full.
@@ -73,80 +53,18 @@ static __always_inline bool plainly_harmless(struct __sk_buff *skb, __u32 l3)
 	return next == IPPROTO_UDP || next == IPPROTO_ICMP || next == IPPROTO_ICMPV6;
 }
 
-static __always_inline bool load(struct __sk_buff *skb, __u32 off, void *to, __u32 len)
+/* A machine behind the pod sends a SYN through it. Where some are rerouted, an
+ * interface that nobody has looked at yet may be one of theirs.
+ */
+static __always_inline bool may_be_forwarded(__u64 cookie, __u32 ifindex, const struct addr *dst)
 {
-	return !bpf_skb_load_bytes_relative(skb, off, to, len, BPF_HDR_START_NET);
-}
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	enum interface_kind kind;
 
-static __always_inline enum parsed parse_tcp(struct __sk_buff *skb, __u32 off, struct packet *p)
-{
-	__u8 head[MIN_TCP];
-
-	if (!load(skb, off, head, sizeof(head)))
-		return TCP_HIDDEN;
-	p->sport = *(__be16 *)head;
-	p->dport = *(__be16 *)(head + 2);
-	p->flags = head[13];
-	return TCP;
-}
-
-static __always_inline enum parsed parse4(struct __sk_buff *skb, struct packet *p)
-{
-	struct iphdr ip;
-
-	if (!load(skb, 0, &ip, sizeof(ip)))
-		return NOT_TCP;
-	addr_set4(&p->src, ip.saddr);
-	addr_set4(&p->dst, ip.daddr);
-	if (ip.protocol != IPPROTO_TCP || ip.frag_off & bpf_htons(IP_OFFSET))
-		return NOT_TCP;
-	return parse_tcp(skb, ip.ihl * 4, p);
-}
-
-static __always_inline enum parsed parse6(struct __sk_buff *skb, struct packet *p)
-{
-	struct ipv6hdr ip;
-	__u32 off = sizeof(ip);
-	__u8 next, head[4];
-	int i;
-
-	if (!load(skb, 0, &ip, sizeof(ip)))
-		return NOT_TCP;
-	__builtin_memcpy(p->src.b, &ip.saddr, 16);
-	__builtin_memcpy(p->dst.b, &ip.daddr, 16);
-	next = ip.nexthdr;
-	for (i = 0; i < MAX_EXT_HEADERS; i++) {
-		if (next == IPPROTO_TCP)
-			return parse_tcp(skb, off, p);
-		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
-		    next != IPPROTO_FRAGMENT)
-			return NOT_TCP;
-		if (!load(skb, off, head, sizeof(head)))
-			return TCP_HIDDEN;
-		if (next == IPPROTO_FRAGMENT) {
-			if (*(__be16 *)(head + 2) & bpf_htons(0xfff8))
-				return NOT_TCP;
-			off += 8;
-		} else {
-			off += (head[1] + 1) * 8;
-		}
-		next = head[0];
-	}
-	return TCP_HIDDEN;
-}
-
-/* By the version in the header: a packet socket may claim any protocol. */
-static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p)
-{
-	__u8 version;
-
-	if (!load(skb, 0, &version, 1))
-		return NOT_TCP;
-	if (version >> 4 == 4)
-		return parse4(skb, p);
-	if (version >> 4 == 6)
-		return parse6(skb, p);
-	return NOT_TCP;
+	if (!pod || !(pod->flags & POD_REROUTES))
+		return true;
+	kind = interface_kind(cookie, ifindex);
+	return kind == INTERFACE_REROUTED ? !is_rerouted(pod, dst) : kind;
 }
 
 /* A connection that was let go because it leaves by an excluded interface comes
@@ -187,8 +105,12 @@ int guard(struct __sk_buff *skb)
 	if (what == TCP && (p.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN)
 		return NEXT;
 	sk = skb->sk;
-	if (skb->ingress_ifindex && !sk)
-		return NEXT; /* forwarded for somebody behind the pod */
+	if (skb->ingress_ifindex && !sk) {
+		if (may_be_forwarded(cookie, skb->ingress_ifindex, &p.dst))
+			return NEXT;
+		count(cookie, GUARD_NO_VERDICT);
+		return TC_ACT_SHOT;
+	}
 	if (sk) {
 		rec = bpf_sk_storage_get(&orig_dst, sk, 0, 0);
 		if (rec && is_direct(rec->reason) && leaves_here(rec, cookie, skb->ifindex))

@@ -150,7 +150,7 @@ func (f enrollFlags) parse(stdin io.Reader) (datapath.Pod, mesh.Decision, error)
 		return pod, decision, err
 	}
 	pod.Rules = decision.Rules
-	return pod, decision, refuseUnsupported(pod.Rules)
+	return pod, decision, nil
 }
 
 func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {

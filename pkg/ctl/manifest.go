@@ -13,7 +13,6 @@ import (
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
-	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 // maxManifest is more than an API server keeps of a pod.
@@ -123,20 +122,4 @@ func countDocuments(text string) int {
 		documents, something = documents+1, true
 	}
 	return documents
-}
-
-// refuseUnsupported refuses what the datapath cannot do yet: to ignore it would
-// let traffic escape, or break.
-func refuseUnsupported(r rules.Rules) error {
-	for _, u := range []struct {
-		what string
-		used bool
-	}{
-		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
-	} {
-		if u.used {
-			return fmt.Errorf("%s is not supported yet: remove it", u.what)
-		}
-	}
-	return nil
 }

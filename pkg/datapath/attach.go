@@ -49,7 +49,7 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			if l.Lo || entries.excludes(l.Index) || missing && d.hasTC(ns, l, name, flags) {
+			if l.Lo || entries.excludes(l.Index) || name == progTCInbound && entries.reroutes(l.Index) || missing && d.hasTC(ns, l, name, flags) {
 				continue
 			}
 			e := d.attachTC(ns, l, name, flags)
@@ -61,7 +61,11 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 			}
 		}
 	}
-	return attached, err
+	if err != nil {
+		return attached, err
+	}
+	rerouted, err := d.rerouteInterfaces(ns, network, entries, flags, missing)
+	return append(attached, rerouted...), err
 }
 
 // detachInterfaces removes TC programs that the pod should not have, and the
@@ -70,7 +74,12 @@ func (d *Datapath) detachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	wanted := map[string]bool{progInbound: true}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			wanted[tcPin(name, l.Index)] = !l.Lo && !entries.excludes(l.Index)
+			wanted[tcPin(name, l.Index)] = !l.Lo && !entries.excludes(l.Index) && (name != progTCInbound || !entries.reroutes(l.Index))
+		}
+	}
+	for _, l := range network.Links {
+		for _, name := range rerouting {
+			wanted[tcPin(name, l.Index)] = entries.reroutes(l.Index)
 		}
 	}
 	return d.detachExcept(d.podDir(ns.Cookie()), wanted, flags, ns)
@@ -140,7 +149,7 @@ func (d *Datapath) attachTC(ns *netns.NetNS, l netns.Link, name string, flags co
 		return attachClsact(ns, l, name, prog)
 	}
 	where := ebpf.AttachTCXEgress
-	if name == progTCInbound {
+	if name == progTCInbound || name == progRerouteIn {
 		where = ebpf.AttachTCXIngress
 	}
 	return replaceOrPin(filepath.Join(d.podDir(ns.Cookie()), tcPin(name, l.Index)), prog, func() (out link.Link, err error) {

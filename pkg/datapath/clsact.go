@@ -21,10 +21,18 @@ const (
 )
 
 func clsactParent(name string) uint32 {
-	if name == progTCInbound {
+	if name == progTCInbound || name == progRerouteIn {
 		return netlink.HANDLE_MIN_INGRESS
 	}
 	return netlink.HANDLE_MIN_EGRESS
+}
+
+// clsactHandle tells apart the filters of one direction.
+func clsactHandle(name string) uint32 {
+	if name == progRerouteIn || name == progRerouteOut {
+		return 2
+	}
+	return 1
 }
 
 func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program) error {
@@ -41,7 +49,7 @@ func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program
 	}
 	filter := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: l.Index, Parent: clsactParent(name), Handle: 1,
+			LinkIndex: l.Index, Parent: clsactParent(name), Handle: clsactHandle(name),
 			Protocol: unix.ETH_P_ALL, Priority: clsactPriority,
 		},
 		Fd: prog.FD(), Name: filterPrefix + name, DirectAction: true,

@@ -66,6 +66,16 @@ const (
 	connectDirectionDIR_IN  connectDirection = 1
 )
 
+type connectForwardedKey struct {
+	_           structs.HostLayout
+	Cookie      uint64
+	Machine     connectAddr
+	Peer        connectAddr
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type connectHandshakeKey struct {
 	_          structs.HostLayout
 	Cookie     uint64
@@ -97,6 +107,7 @@ const (
 	connectInterfaceKindINTERFACE_EXCLUDED connectInterfaceKind = 1
 	connectInterfaceKindINTERFACE_REROUTED connectInterfaceKind = 2
 	connectInterfaceKindINTERFACE_CARRIER  connectInterfaceKind = 3
+	connectInterfaceKindINTERFACE_OTHER    connectInterfaceKind = 4
 )
 
 type connectInterfaceName struct {
@@ -184,6 +195,7 @@ const (
 	connectPodFlagsPOD_TPROXY              connectPodFlags = 262144
 	connectPodFlagsPOD_REROUTES            connectPodFlags = 524288
 	connectPodFlagsPOD_HAS_LOCALS          connectPodFlags = 1048576
+	connectPodFlagsPOD_REROUTES6           connectPodFlags = 2097152
 )
 
 type connectPodName struct {
@@ -242,7 +254,8 @@ const (
 	connectReasonDIRECT_OWNER_GROUP    connectReason = 27
 	connectReasonDIRECT_NOT_READY      connectReason = 28
 	connectReasonGUARD_OTHER_INTERFACE connectReason = 29
-	connectReasonREASON_MAX            connectReason = 30
+	connectReasonREFUSED_REROUTED      connectReason = 30
+	connectReasonREASON_MAX            connectReason = 31
 )
 
 type connectRecord struct {
@@ -262,6 +275,21 @@ const (
 	connectRecordFlagsRECORD_PRESENT_SRC connectRecordFlags = 2
 	connectRecordFlagsRECORD_BOUND       connectRecordFlags = 4
 )
+
+type connectReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type connectRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
 
 type connectRoute4Key struct {
 	_          structs.HostLayout
@@ -297,6 +325,8 @@ type connectRuleVerdict uint32
 const (
 	connectRuleVerdictRULE_DIRECT  connectRuleVerdict = 1
 	connectRuleVerdictRULE_CAPTURE connectRuleVerdict = 2
+	connectRuleVerdictRULE_VERDICT connectRuleVerdict = 3
+	connectRuleVerdictRULE_REROUTE connectRuleVerdict = 4
 )
 
 type connectScratch struct {
@@ -337,8 +367,10 @@ type connectTargetKey struct {
 type connectTcProg uint32
 
 const (
-	connectTcProgTC_GUARD   connectTcProg = 0
-	connectTcProgTC_INBOUND connectTcProg = 1
+	connectTcProgTC_GUARD       connectTcProg = 0
+	connectTcProgTC_INBOUND     connectTcProg = 1
+	connectTcProgTC_REROUTE_IN  connectTcProg = 2
+	connectTcProgTC_REROUTE_OUT connectTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -349,6 +381,7 @@ const (
 	connectMapBinders            = "binders"
 	connectMapCidrRules4         = "cidr_rules4"
 	connectMapCidrRules6         = "cidr_rules6"
+	connectMapForwarded          = "forwarded"
 	connectMapHandshakeUse       = "handshake_use"
 	connectMapHandshakes         = "handshakes"
 	connectMapInterfaceNames     = "interface_names"
@@ -363,6 +396,7 @@ const (
 	connectMapPods               = "pods"
 	connectMapPortRules          = "port_rules"
 	connectMapProxyIds           = "proxy_ids"
+	connectMapReroutes           = "reroutes"
 	connectMapRoutes4            = "routes4"
 	connectMapRoutes6            = "routes6"
 	connectMapRuleSets           = "rule_sets"
@@ -434,6 +468,7 @@ type connectMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -448,6 +483,7 @@ type connectMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -493,6 +529,7 @@ type connectMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -507,6 +544,7 @@ type connectMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -523,6 +561,7 @@ func (m *connectMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -537,6 +576,7 @@ func (m *connectMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

@@ -48,6 +48,22 @@ type inboundCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type inboundForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type inboundHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	inboundInterfaceKindINTERFACE_EXCLUDED inboundInterfaceKind = 1
 	inboundInterfaceKindINTERFACE_REROUTED inboundInterfaceKind = 2
 	inboundInterfaceKindINTERFACE_CARRIER  inboundInterfaceKind = 3
+	inboundInterfaceKindINTERFACE_OTHER    inboundInterfaceKind = 4
 )
 
 type inboundInterfaceName struct {
@@ -176,6 +193,21 @@ type inboundRecord struct {
 	Flags  uint32
 }
 
+type inboundReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type inboundRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type inboundRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type inboundRuleVerdict uint32
 const (
 	inboundRuleVerdictRULE_DIRECT  inboundRuleVerdict = 1
 	inboundRuleVerdictRULE_CAPTURE inboundRuleVerdict = 2
+	inboundRuleVerdictRULE_VERDICT inboundRuleVerdict = 3
+	inboundRuleVerdictRULE_REROUTE inboundRuleVerdict = 4
 )
 
 type inboundScratch struct {
@@ -253,8 +287,10 @@ type inboundTargetKey struct {
 type inboundTcProg uint32
 
 const (
-	inboundTcProgTC_GUARD   inboundTcProg = 0
-	inboundTcProgTC_INBOUND inboundTcProg = 1
+	inboundTcProgTC_GUARD       inboundTcProg = 0
+	inboundTcProgTC_INBOUND     inboundTcProg = 1
+	inboundTcProgTC_REROUTE_IN  inboundTcProg = 2
+	inboundTcProgTC_REROUTE_OUT inboundTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	inboundMapBinders            = "binders"
 	inboundMapCidrRules4         = "cidr_rules4"
 	inboundMapCidrRules6         = "cidr_rules6"
+	inboundMapForwarded          = "forwarded"
 	inboundMapHandshakeUse       = "handshake_use"
 	inboundMapHandshakes         = "handshakes"
 	inboundMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	inboundMapPods               = "pods"
 	inboundMapPortRules          = "port_rules"
 	inboundMapProxyIds           = "proxy_ids"
+	inboundMapReroutes           = "reroutes"
 	inboundMapRoutes4            = "routes4"
 	inboundMapRoutes6            = "routes6"
 	inboundMapRuleSets           = "rule_sets"
@@ -348,6 +386,7 @@ type inboundMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -362,6 +401,7 @@ type inboundMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -407,6 +447,7 @@ type inboundMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -421,6 +462,7 @@ type inboundMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -437,6 +479,7 @@ func (m *inboundMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -451,6 +494,7 @@ func (m *inboundMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

@@ -63,6 +63,9 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
 		}
+		if p.Flags&connectPodFlagsPOD_REROUTES != 0 {
+			info.Programs = append(info.Programs, progRerouteIn, progRerouteOut)
+		}
 		if p.Flags&connectPodFlagsPOD_TPROXY != 0 {
 			info.Mode = rules.TProxy
 		}
@@ -166,7 +169,7 @@ func describeID(kind connectIdKind, value uint32) (name, verdict string) {
 }
 
 func verdictName(v uint32) string {
-	if connectRuleVerdict(v) == connectRuleVerdictRULE_CAPTURE {
+	if connectRuleVerdict(v)&connectRuleVerdictRULE_VERDICT == connectRuleVerdictRULE_CAPTURE {
 		return "capture"
 	}
 	return "direct"

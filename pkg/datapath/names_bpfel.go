@@ -48,6 +48,22 @@ type namesCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type namesForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type namesHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	namesInterfaceKindINTERFACE_EXCLUDED namesInterfaceKind = 1
 	namesInterfaceKindINTERFACE_REROUTED namesInterfaceKind = 2
 	namesInterfaceKindINTERFACE_CARRIER  namesInterfaceKind = 3
+	namesInterfaceKindINTERFACE_OTHER    namesInterfaceKind = 4
 )
 
 type namesInterfaceName struct {
@@ -176,6 +193,21 @@ type namesRecord struct {
 	Flags  uint32
 }
 
+type namesReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type namesRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type namesRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type namesRuleVerdict uint32
 const (
 	namesRuleVerdictRULE_DIRECT  namesRuleVerdict = 1
 	namesRuleVerdictRULE_CAPTURE namesRuleVerdict = 2
+	namesRuleVerdictRULE_VERDICT namesRuleVerdict = 3
+	namesRuleVerdictRULE_REROUTE namesRuleVerdict = 4
 )
 
 type namesScratch struct {
@@ -253,8 +287,10 @@ type namesTargetKey struct {
 type namesTcProg uint32
 
 const (
-	namesTcProgTC_GUARD   namesTcProg = 0
-	namesTcProgTC_INBOUND namesTcProg = 1
+	namesTcProgTC_GUARD       namesTcProg = 0
+	namesTcProgTC_INBOUND     namesTcProg = 1
+	namesTcProgTC_REROUTE_IN  namesTcProg = 2
+	namesTcProgTC_REROUTE_OUT namesTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	namesMapBinders            = "binders"
 	namesMapCidrRules4         = "cidr_rules4"
 	namesMapCidrRules6         = "cidr_rules6"
+	namesMapForwarded          = "forwarded"
 	namesMapHandshakeUse       = "handshake_use"
 	namesMapHandshakes         = "handshakes"
 	namesMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	namesMapPods               = "pods"
 	namesMapPortRules          = "port_rules"
 	namesMapProxyIds           = "proxy_ids"
+	namesMapReroutes           = "reroutes"
 	namesMapRoutes4            = "routes4"
 	namesMapRoutes6            = "routes6"
 	namesMapRuleSets           = "rule_sets"
@@ -354,6 +392,7 @@ type namesMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -368,6 +407,7 @@ type namesMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -413,6 +453,7 @@ type namesMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -427,6 +468,7 @@ type namesMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -443,6 +485,7 @@ func (m *namesMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -457,6 +500,7 @@ func (m *namesMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

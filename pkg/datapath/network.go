@@ -20,6 +20,8 @@ type podNetwork struct {
 
 // networkOf is what should be in the maps of a namespace that looks like this.
 func networkOf(network netns.Network, names map[string]connectInterfaceKind) podNetwork {
+	// What the rerouted interfaces' address book has local is no address of the pod.
+	network.Local = slices.DeleteFunc(slices.Clone(network.Local), func(p netip.Prefix) bool { return p == bookPrefix6 })
 	out := podNetwork{own: map[connectAddr]connectOwnKind{}, names: names, interfaces: interfacesOf(network, names)}
 	for _, a := range network.Broadcasts {
 		out.own[toAddr(a)] = connectOwnKindOWN_BROADCAST
@@ -32,7 +34,7 @@ func networkOf(network netns.Network, names map[string]connectInterfaceKind) pod
 	for _, a := range network.Addresses {
 		out.own[toAddr(a)] = connectOwnKindOWN_ADDR
 	}
-	out.routes = compileRoutes(network, out.interfaces, len(names) > 0)
+	out.routes = compileRoutes(network, out.interfaces, out.named(connectInterfaceKindINTERFACE_EXCLUDED))
 	for p := range out.routes { // IPv6 addresses of lo have one
 		if p.IsSingleIP() && out.own[toAddr(p.Addr())] == connectOwnKindOWN_ADDR {
 			delete(out.routes, p) // own_addrs is asked first
@@ -43,7 +45,7 @@ func networkOf(network netns.Network, names map[string]connectInterfaceKind) pod
 
 // flags are those of a pod with this network.
 func (n podNetwork) flags() (flags connectPodFlags) {
-	if len(n.names) > 0 {
+	if n.named(connectInterfaceKindINTERFACE_EXCLUDED) {
 		flags |= connectPodFlagsPOD_HAS_INTERFACES
 	}
 	for _, kind := range n.routes {
@@ -83,6 +85,13 @@ func interfacesOf(network netns.Network, names map[string]connectInterfaceKind) 
 			}
 			if above(l.Master) {
 				more = carry(l.Index) || more
+			}
+		}
+	}
+	if slices.Contains(slices.Collect(maps.Values(names)), connectInterfaceKindINTERFACE_REROUTED) {
+		for _, l := range network.Links { // the guard stops what comes from others
+			if out[uint32(l.Index)] == 0 {
+				out[uint32(l.Index)] = connectInterfaceKindINTERFACE_OTHER
 			}
 		}
 	}
@@ -209,6 +218,15 @@ func (d *Datapath) forgetNetwork(routes bool, chosen func(cookie uint64) bool) e
 
 func (n podNetwork) excludes(index int) bool {
 	return n.interfaces[uint32(index)] == connectInterfaceKindINTERFACE_EXCLUDED
+}
+
+func (n podNetwork) reroutes(index int) bool {
+	return n.interfaces[uint32(index)] == connectInterfaceKindINTERFACE_REROUTED
+}
+
+// named says whether the rules name an interface as of this kind, there or not.
+func (n podNetwork) named(kind connectInterfaceKind) bool {
+	return slices.Contains(slices.Collect(maps.Values(n.names)), kind)
 }
 
 // missing are the names of interfaces that are not there.

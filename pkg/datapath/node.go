@@ -276,6 +276,10 @@ func removePods(dir string) (int, error) {
 	if len(pods) == 0 {
 		return 0, nil
 	}
+	reroutes, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "reroutes"), nil)
+	if err == nil {
+		defer reroutes.Close()
+	}
 	paths := netns.ByCookie()
 	var errs error
 	for cookie, pod := range pods {
@@ -284,6 +288,9 @@ func removePods(dir string) (int, error) {
 			if ns, err = netns.Open(path); err != nil {
 				ns = nil // it ended meanwhile
 			}
+		}
+		if reroutes != nil {
+			errs = errors.Join(errs, unreroute(reroutes, cookie, ns))
 		}
 		errs = errors.Join(errs, d.detachPod(cookie, ns), restoreNamespace(ns, pod))
 		if ns != nil {

@@ -84,6 +84,9 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err := ready(network); err != nil {
 		return Enrolment{}, err
 	}
+	if err := d.checkReroute(pod, network); err != nil {
+		return Enrolment{}, fmt.Errorf("refused to enroll %s: %w", ns.Path(), err)
+	}
 
 	var before connectPod
 	out := Enrolment{Cookie: ns.Cookie(), Already: d.maps["pods"].Lookup(ns.Cookie(), &before) == nil, Inbound: pod.Inbound, UserNS: ids.Own()}
@@ -185,6 +188,13 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
 	}
+	six, err := d.nameReroutes(ns, pod.Rules.RerouteInterfaces)
+	if err != nil {
+		return err
+	}
+	if six {
+		value.Flags |= connectPodFlagsPOD_REROUTES6
+	}
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
@@ -222,6 +232,13 @@ func (d *Datapath) enrolNetwork(ns *netns.NetNS, network netns.Network, pod Pod,
 	return entries, d.changeNetwork(ns.Cookie(), before, entries)
 }
 
+func kindName(kind connectInterfaceKind) string {
+	if kind == connectInterfaceKindINTERFACE_REROUTED {
+		return "rerouted"
+	}
+	return "excluded"
+}
+
 func (d *Datapath) flagsOf(cookie uint64) connectPodFlags {
 	var p connectPod
 	if d.maps["pods"].Lookup(cookie, &p) != nil {
@@ -236,7 +253,10 @@ func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, 
 		return nil
 	}
 	for _, name := range entries.missing(network) {
-		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is excluded once \"sluicectl refresh\" or \"sluicectl watch\" has seen it", name))
+		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is %s once \"sluicectl refresh\" or \"sluicectl watch\" has seen it", name, kindName(entries.names[name])))
+	}
+	if !entries.named(connectInterfaceKindINTERFACE_EXCLUDED) {
+		return nil
 	}
 	routed, err := ns.PolicyRouted()
 	if routed {
@@ -267,15 +287,16 @@ func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err err
 // unenroll takes the programs away first: while the pod's sk_lookup program is
 // attached, a pod that is not in the map is refused everything.
 func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
-	errs := d.detachPod(cookie, ns)
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
+	errs := errors.Join(unreroute(d.maps["reroutes"], cookie, ns), d.detachPod(cookie, ns))
 	errs = errors.Join(errs, restoreNamespace(ns, value))
 	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
 	}
 	errs = errors.Join(errs,
+		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return k.Cookie == cookie }),
 		d.forgetNetwork(!known || hasRoutes(value.Flags), func(c uint64) bool { return c == cookie }),
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),

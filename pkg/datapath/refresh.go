@@ -92,6 +92,9 @@ func namesOf(r rules.Rules) map[string]connectInterfaceKind {
 	for _, name := range r.ExcludeInterfaces {
 		out[name] = connectInterfaceKindINTERFACE_EXCLUDED
 	}
+	for _, name := range r.RerouteInterfaces {
+		out[name] = connectInterfaceKindINTERFACE_REROUTED
+	}
 	return out
 }
 
@@ -122,13 +125,15 @@ func (r *Refreshed) compare(old, new podNetwork) {
 	difference(old.interfaces, new.interfaces, func(index uint32, v any) {
 		what := map[any]string{
 			nil: "interface not excluded", connectInterfaceKindINTERFACE_EXCLUDED: "interface excluded",
-			connectInterfaceKindINTERFACE_CARRIER: "interface carries an excluded one",
+			connectInterfaceKindINTERFACE_CARRIER:  "interface carries an excluded one",
+			connectInterfaceKindINTERFACE_REROUTED: "interface rerouted",
+			connectInterfaceKindINTERFACE_OTHER:    "interface known",
 		}[v]
 		lists[what] = append(lists[what], fmt.Sprint("index ", index))
 	})
 	for _, what := range []string{
 		"address added", "address removed", "local prefix", "interface excluded", "interface not excluded",
-		"interface carries an excluded one", "route excluded", "route not excluded", "route removed",
+		"interface carries an excluded one", "interface rerouted", "interface known", "route excluded", "route not excluded", "route removed",
 	} {
 		r.note(what, lists[what]...)
 	}

@@ -53,6 +53,9 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	if r.DNS {
 		value.Flags |= connectPodFlagsPOD_DNS
 	}
+	if len(r.RerouteInterfaces) > 0 {
+		value.Flags |= connectPodFlagsPOD_REROUTES
+	}
 	if r.From == rules.ProxyReady {
 		value.Flags |= connectPodFlagsPOD_WHEN_READY
 	}
@@ -112,7 +115,11 @@ func (d *Datapath) writeCompiled(id uint32, c rules.Compiled) error {
 	}
 	for prefix, verdict := range c.CIDRs {
 		table, key := cidrKey(id, prefix)
-		if err := d.maps[table].Put(key, uint32(verdict)); err != nil {
+		value := uint32(verdict)
+		if c.Rerouted[prefix] {
+			value |= uint32(connectRuleVerdictRULE_REROUTE)
+		}
+		if err := d.maps[table].Put(key, value); err != nil {
 			return tableError(table, err)
 		}
 	}

@@ -48,6 +48,22 @@ type sockopsCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type sockopsForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type sockopsHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	sockopsInterfaceKindINTERFACE_EXCLUDED sockopsInterfaceKind = 1
 	sockopsInterfaceKindINTERFACE_REROUTED sockopsInterfaceKind = 2
 	sockopsInterfaceKindINTERFACE_CARRIER  sockopsInterfaceKind = 3
+	sockopsInterfaceKindINTERFACE_OTHER    sockopsInterfaceKind = 4
 )
 
 type sockopsInterfaceName struct {
@@ -176,6 +193,21 @@ type sockopsRecord struct {
 	Flags  uint32
 }
 
+type sockopsReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type sockopsRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type sockopsRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type sockopsRuleVerdict uint32
 const (
 	sockopsRuleVerdictRULE_DIRECT  sockopsRuleVerdict = 1
 	sockopsRuleVerdictRULE_CAPTURE sockopsRuleVerdict = 2
+	sockopsRuleVerdictRULE_VERDICT sockopsRuleVerdict = 3
+	sockopsRuleVerdictRULE_REROUTE sockopsRuleVerdict = 4
 )
 
 type sockopsScratch struct {
@@ -253,8 +287,10 @@ type sockopsTargetKey struct {
 type sockopsTcProg uint32
 
 const (
-	sockopsTcProgTC_GUARD   sockopsTcProg = 0
-	sockopsTcProgTC_INBOUND sockopsTcProg = 1
+	sockopsTcProgTC_GUARD       sockopsTcProg = 0
+	sockopsTcProgTC_INBOUND     sockopsTcProg = 1
+	sockopsTcProgTC_REROUTE_IN  sockopsTcProg = 2
+	sockopsTcProgTC_REROUTE_OUT sockopsTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	sockopsMapBinders            = "binders"
 	sockopsMapCidrRules4         = "cidr_rules4"
 	sockopsMapCidrRules6         = "cidr_rules6"
+	sockopsMapForwarded          = "forwarded"
 	sockopsMapHandshakeUse       = "handshake_use"
 	sockopsMapHandshakes         = "handshakes"
 	sockopsMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	sockopsMapPods               = "pods"
 	sockopsMapPortRules          = "port_rules"
 	sockopsMapProxyIds           = "proxy_ids"
+	sockopsMapReroutes           = "reroutes"
 	sockopsMapRoutes4            = "routes4"
 	sockopsMapRoutes6            = "routes6"
 	sockopsMapRuleSets           = "rule_sets"
@@ -352,6 +390,7 @@ type sockopsMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -366,6 +405,7 @@ type sockopsMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -411,6 +451,7 @@ type sockopsMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -425,6 +466,7 @@ type sockopsMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -441,6 +483,7 @@ func (m *sockopsMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -455,6 +498,7 @@ func (m *sockopsMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

@@ -48,6 +48,22 @@ type sockoptCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type sockoptForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type sockoptHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	sockoptInterfaceKindINTERFACE_EXCLUDED sockoptInterfaceKind = 1
 	sockoptInterfaceKindINTERFACE_REROUTED sockoptInterfaceKind = 2
 	sockoptInterfaceKindINTERFACE_CARRIER  sockoptInterfaceKind = 3
+	sockoptInterfaceKindINTERFACE_OTHER    sockoptInterfaceKind = 4
 )
 
 type sockoptInterfaceName struct {
@@ -176,6 +193,21 @@ type sockoptRecord struct {
 	Flags  uint32
 }
 
+type sockoptReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type sockoptRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type sockoptRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type sockoptRuleVerdict uint32
 const (
 	sockoptRuleVerdictRULE_DIRECT  sockoptRuleVerdict = 1
 	sockoptRuleVerdictRULE_CAPTURE sockoptRuleVerdict = 2
+	sockoptRuleVerdictRULE_VERDICT sockoptRuleVerdict = 3
+	sockoptRuleVerdictRULE_REROUTE sockoptRuleVerdict = 4
 )
 
 type sockoptScratch struct {
@@ -253,8 +287,10 @@ type sockoptTargetKey struct {
 type sockoptTcProg uint32
 
 const (
-	sockoptTcProgTC_GUARD   sockoptTcProg = 0
-	sockoptTcProgTC_INBOUND sockoptTcProg = 1
+	sockoptTcProgTC_GUARD       sockoptTcProg = 0
+	sockoptTcProgTC_INBOUND     sockoptTcProg = 1
+	sockoptTcProgTC_REROUTE_IN  sockoptTcProg = 2
+	sockoptTcProgTC_REROUTE_OUT sockoptTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	sockoptMapBinders            = "binders"
 	sockoptMapCidrRules4         = "cidr_rules4"
 	sockoptMapCidrRules6         = "cidr_rules6"
+	sockoptMapForwarded          = "forwarded"
 	sockoptMapHandshakeUse       = "handshake_use"
 	sockoptMapHandshakes         = "handshakes"
 	sockoptMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	sockoptMapPods               = "pods"
 	sockoptMapPortRules          = "port_rules"
 	sockoptMapProxyIds           = "proxy_ids"
+	sockoptMapReroutes           = "reroutes"
 	sockoptMapRoutes4            = "routes4"
 	sockoptMapRoutes6            = "routes6"
 	sockoptMapRuleSets           = "rule_sets"
@@ -348,6 +386,7 @@ type sockoptMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -362,6 +401,7 @@ type sockoptMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -407,6 +447,7 @@ type sockoptMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -421,6 +462,7 @@ type sockoptMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -437,6 +479,7 @@ func (m *sockoptMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -451,6 +494,7 @@ func (m *sockoptMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

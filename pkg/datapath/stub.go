@@ -26,6 +26,7 @@ const (
 	skDrop        = 0
 	skPass        = 1
 	tcNext        = -1
+	tcShot        = 2
 	skLookupProto = 12 // offsetof(struct bpf_sk_lookup, protocol)
 	ipprotoTCP    = 6
 )
@@ -35,12 +36,18 @@ const (
 	progInbound   = "inbound"
 	progGuard     = "guard"
 	progTCInbound = "tc_inbound"
+
+	progRerouteIn  = "reroute_in"
+	progRerouteOut = "reroute_out"
 )
 
 var stubs = map[string]stub{
 	progInbound:   {progInbound, ebpf.SkLookup, ebpf.AttachSkLookup, "pod_inbound", 0, skDrop},
 	progGuard:     {progGuard, ebpf.SchedCLS, ebpf.AttachNone, "pod_tc", uint32(connectTcProgTC_GUARD), tcNext},
 	progTCInbound: {progTCInbound, ebpf.SchedCLS, ebpf.AttachNone, "pod_tc", uint32(connectTcProgTC_INBOUND), tcNext},
+
+	progRerouteIn:  {progRerouteIn, ebpf.SchedCLS, ebpf.AttachNone, "pod_tc", uint32(connectTcProgTC_REROUTE_IN), tcShot},
+	progRerouteOut: {progRerouteOut, ebpf.SchedCLS, ebpf.AttachNone, "pod_tc", uint32(connectTcProgTC_REROUTE_OUT), tcShot},
 }
 
 const (
@@ -111,11 +118,16 @@ func (d *Datapath) loadShared() error {
 	if err != nil {
 		return fmt.Errorf("read the TC programs: %w", err)
 	}
+	reroute, err := loadReroute()
+	if err != nil {
+		return fmt.Errorf("read the TC programs of rerouted interfaces: %w", err)
+	}
 	values := map[string]any{
+		"target_share":         d.opts.TargetShare,
 		"have_ingress_ifindex": d.features.IngressIfindex,
 		"have_mptcp_sock":      d.features.MPTCPSock,
 	}
-	for _, spec := range []*ebpf.CollectionSpec{inbound, tc} {
+	for _, spec := range []*ebpf.CollectionSpec{inbound, tc, reroute} {
 		c, err := d.load(spec, values)
 		if err != nil {
 			return fmt.Errorf("load the pods' shared programs: %w", err)

@@ -48,6 +48,22 @@ type tcCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type tcForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type tcHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	tcInterfaceKindINTERFACE_EXCLUDED tcInterfaceKind = 1
 	tcInterfaceKindINTERFACE_REROUTED tcInterfaceKind = 2
 	tcInterfaceKindINTERFACE_CARRIER  tcInterfaceKind = 3
+	tcInterfaceKindINTERFACE_OTHER    tcInterfaceKind = 4
 )
 
 type tcInterfaceName struct {
@@ -176,6 +193,21 @@ type tcRecord struct {
 	Flags  uint32
 }
 
+type tcReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type tcRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type tcRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type tcRuleVerdict uint32
 const (
 	tcRuleVerdictRULE_DIRECT  tcRuleVerdict = 1
 	tcRuleVerdictRULE_CAPTURE tcRuleVerdict = 2
+	tcRuleVerdictRULE_VERDICT tcRuleVerdict = 3
+	tcRuleVerdictRULE_REROUTE tcRuleVerdict = 4
 )
 
 type tcScratch struct {
@@ -253,8 +287,10 @@ type tcTargetKey struct {
 type tcTcProg uint32
 
 const (
-	tcTcProgTC_GUARD   tcTcProg = 0
-	tcTcProgTC_INBOUND tcTcProg = 1
+	tcTcProgTC_GUARD       tcTcProg = 0
+	tcTcProgTC_INBOUND     tcTcProg = 1
+	tcTcProgTC_REROUTE_IN  tcTcProg = 2
+	tcTcProgTC_REROUTE_OUT tcTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	tcMapBinders            = "binders"
 	tcMapCidrRules4         = "cidr_rules4"
 	tcMapCidrRules6         = "cidr_rules6"
+	tcMapForwarded          = "forwarded"
 	tcMapHandshakeUse       = "handshake_use"
 	tcMapHandshakes         = "handshakes"
 	tcMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	tcMapPods               = "pods"
 	tcMapPortRules          = "port_rules"
 	tcMapProxyIds           = "proxy_ids"
+	tcMapReroutes           = "reroutes"
 	tcMapRoutes4            = "routes4"
 	tcMapRoutes6            = "routes6"
 	tcMapRuleSets           = "rule_sets"
@@ -350,6 +388,7 @@ type tcMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -364,6 +403,7 @@ type tcMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -409,6 +449,7 @@ type tcMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -423,6 +464,7 @@ type tcMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -439,6 +481,7 @@ func (m *tcMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -453,6 +496,7 @@ func (m *tcMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

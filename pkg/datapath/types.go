@@ -61,6 +61,7 @@ var reasonNames = [...]string{
 	"listener-not-mappable", "listener-slots-full", "refused-loop",
 	"captured-dns", "captured-rerouted", "direct-interface", "direct-owner-group", "direct-not-ready",
 	"guard-other-interface",
+	"refused-rerouted",
 }
 
 // ReasonName is a reason as people read it.

@@ -48,6 +48,22 @@ type udpCidr6Key struct {
 	Addr      [16]uint8
 }
 
+type udpForwardedKey struct {
+	_       structs.HostLayout
+	Cookie  uint64
+	Machine struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	Peer struct {
+		_ structs.HostLayout
+		B [16]uint8
+	}
+	MachinePort uint16
+	PeerPort    uint16
+	Pad         uint32
+}
+
 type udpHandshakeKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -77,6 +93,7 @@ const (
 	udpInterfaceKindINTERFACE_EXCLUDED udpInterfaceKind = 1
 	udpInterfaceKindINTERFACE_REROUTED udpInterfaceKind = 2
 	udpInterfaceKindINTERFACE_CARRIER  udpInterfaceKind = 3
+	udpInterfaceKindINTERFACE_OTHER    udpInterfaceKind = 4
 )
 
 type udpInterfaceName struct {
@@ -176,6 +193,21 @@ type udpRecord struct {
 	Flags  uint32
 }
 
+type udpReroute struct {
+	_             structs.HostLayout
+	Ifindex       uint32
+	Changed       uint8
+	RouteLocalnet uint8
+	ArpAnnounce   uint8
+	Pad           uint8
+}
+
+type udpRerouteKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Name   [16]int8
+}
+
 type udpRoute4Key struct {
 	_          structs.HostLayout
 	Prefixlen  uint32
@@ -210,6 +242,8 @@ type udpRuleVerdict uint32
 const (
 	udpRuleVerdictRULE_DIRECT  udpRuleVerdict = 1
 	udpRuleVerdictRULE_CAPTURE udpRuleVerdict = 2
+	udpRuleVerdictRULE_VERDICT udpRuleVerdict = 3
+	udpRuleVerdictRULE_REROUTE udpRuleVerdict = 4
 )
 
 type udpScratch struct {
@@ -253,8 +287,10 @@ type udpTargetKey struct {
 type udpTcProg uint32
 
 const (
-	udpTcProgTC_GUARD   udpTcProg = 0
-	udpTcProgTC_INBOUND udpTcProg = 1
+	udpTcProgTC_GUARD       udpTcProg = 0
+	udpTcProgTC_INBOUND     udpTcProg = 1
+	udpTcProgTC_REROUTE_IN  udpTcProg = 2
+	udpTcProgTC_REROUTE_OUT udpTcProg = 3
 )
 
 // Names of all BPF objects in the ELF.
@@ -265,6 +301,7 @@ const (
 	udpMapBinders            = "binders"
 	udpMapCidrRules4         = "cidr_rules4"
 	udpMapCidrRules6         = "cidr_rules6"
+	udpMapForwarded          = "forwarded"
 	udpMapHandshakeUse       = "handshake_use"
 	udpMapHandshakes         = "handshakes"
 	udpMapInterfaceNames     = "interface_names"
@@ -279,6 +316,7 @@ const (
 	udpMapPods               = "pods"
 	udpMapPortRules          = "port_rules"
 	udpMapProxyIds           = "proxy_ids"
+	udpMapReroutes           = "reroutes"
 	udpMapRoutes4            = "routes4"
 	udpMapRoutes6            = "routes6"
 	udpMapRuleSets           = "rule_sets"
@@ -354,6 +392,7 @@ type udpMapSpecs struct {
 	Binders        *ebpf.MapSpec `ebpf:"binders"`
 	CidrRules4     *ebpf.MapSpec `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.MapSpec `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.MapSpec `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.MapSpec `ebpf:"handshake_use"`
 	Handshakes     *ebpf.MapSpec `ebpf:"handshakes"`
 	InterfaceNames *ebpf.MapSpec `ebpf:"interface_names"`
@@ -368,6 +407,7 @@ type udpMapSpecs struct {
 	Pods           *ebpf.MapSpec `ebpf:"pods"`
 	PortRules      *ebpf.MapSpec `ebpf:"port_rules"`
 	ProxyIds       *ebpf.MapSpec `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.MapSpec `ebpf:"reroutes"`
 	Routes4        *ebpf.MapSpec `ebpf:"routes4"`
 	Routes6        *ebpf.MapSpec `ebpf:"routes6"`
 	RuleSets       *ebpf.MapSpec `ebpf:"rule_sets"`
@@ -413,6 +453,7 @@ type udpMaps struct {
 	Binders        *ebpf.Map `ebpf:"binders"`
 	CidrRules4     *ebpf.Map `ebpf:"cidr_rules4"`
 	CidrRules6     *ebpf.Map `ebpf:"cidr_rules6"`
+	Forwarded      *ebpf.Map `ebpf:"forwarded"`
 	HandshakeUse   *ebpf.Map `ebpf:"handshake_use"`
 	Handshakes     *ebpf.Map `ebpf:"handshakes"`
 	InterfaceNames *ebpf.Map `ebpf:"interface_names"`
@@ -427,6 +468,7 @@ type udpMaps struct {
 	Pods           *ebpf.Map `ebpf:"pods"`
 	PortRules      *ebpf.Map `ebpf:"port_rules"`
 	ProxyIds       *ebpf.Map `ebpf:"proxy_ids"`
+	Reroutes       *ebpf.Map `ebpf:"reroutes"`
 	Routes4        *ebpf.Map `ebpf:"routes4"`
 	Routes6        *ebpf.Map `ebpf:"routes6"`
 	RuleSets       *ebpf.Map `ebpf:"rule_sets"`
@@ -443,6 +485,7 @@ func (m *udpMaps) Close() error {
 		m.Binders,
 		m.CidrRules4,
 		m.CidrRules6,
+		m.Forwarded,
 		m.HandshakeUse,
 		m.Handshakes,
 		m.InterfaceNames,
@@ -457,6 +500,7 @@ func (m *udpMaps) Close() error {
 		m.Pods,
 		m.PortRules,
 		m.ProxyIds,
+		m.Reroutes,
 		m.Routes4,
 		m.Routes6,
 		m.RuleSets,

@@ -16,9 +16,10 @@ type Link struct {
 	Name     string
 	Lo       bool
 	Up       bool
-	Ethernet bool // its packets begin with an Ethernet header, not with IP
-	Parent   int  // the interface of this namespace that it stands upon; 0: none
-	Master   int  // the bridge, bond or VRF that it is part of; 0: none
+	Ethernet bool   // its packets begin with an Ethernet header, not with IP
+	Parent   int    // the interface of this namespace that it stands upon; 0: none
+	Master   int    // the bridge, bond or VRF that it is part of; 0: none
+	Bridge   string // the bridge that it is a port of
 }
 
 // Network is what a namespace looks like at one moment.
@@ -50,10 +51,15 @@ func (n *NetNS) Inspect() (Network, error) {
 	if err != nil {
 		return Network{}, fmt.Errorf("list the interfaces of %s: %w", n.path, err)
 	}
-	names := map[int]Link{}
+	names, bridges := map[int]Link{}, map[int]string{}
+	for _, l := range links {
+		if l.Type() == "bridge" {
+			bridges[l.Attrs().Index] = l.Attrs().Name
+		}
+	}
 	for _, l := range links {
 		a := l.Attrs()
-		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether", Master: a.MasterIndex}
+		link := Link{Index: a.Index, Name: a.Name, Lo: a.RawFlags&unix.IFF_LOOPBACK != 0, Up: a.RawFlags&unix.IFF_UP != 0, Ethernet: a.EncapType == "ether", Master: a.MasterIndex, Bridge: bridges[a.MasterIndex]}
 		if a.NetNsID < 0 { // otherwise the index is one of another namespace
 			link.Parent = a.ParentIndex
 		}

@@ -30,6 +30,7 @@ type Compiled struct {
 	UIDs, GIDs        map[uint32]Exemption
 	OutPorts, InPorts map[uint16]Verdict
 	CIDRs             map[netip.Prefix]Verdict // one longest-prefix match decides
+	Rerouted          map[netip.Prefix]bool    // of CIDRs, those that an include range holds
 	OutDefaultCapture bool                     // verdict of an address that no prefix holds
 	InDefaultCapture  bool                     // verdict of a port that InPorts does not hold
 	LocalCapturable   bool                     // an include range is itself loopback
@@ -63,6 +64,7 @@ func (r Rules) Compile() Compiled {
 		c.InPorts[port] = Capture
 	}
 	c.CIDRs = compileCIDRs(r.IncludeOutboundCIDRs.List, r.ExcludeOutboundCIDRs)
+	c.Rerouted = held(c.CIDRs, r.IncludeOutboundCIDRs.List)
 	return c
 }
 
@@ -117,16 +119,37 @@ func compileCIDRs(include, exclude []netip.Prefix) map[netip.Prefix]Verdict {
 	}
 	for _, p := range include {
 		out[p] = Capture
-		// Walk up: at most 129 steps, so that thousands of ranges stay cheap.
-		for bits := p.Bits(); bits >= 0; bits-- {
-			wider := netip.PrefixFrom(p.Addr(), bits).Masked()
-			if excluded[wider] {
-				out[p] = Direct
-				break
-			}
+		if isHeld(p, excluded) {
+			out[p] = Direct
 		}
 	}
 	return out
+}
+
+// held are the prefixes that lie in one of the ranges. What a prefix that has no
+// longer one says of it, holds for every address of it.
+func held(prefixes map[netip.Prefix]Verdict, ranges []netip.Prefix) map[netip.Prefix]bool {
+	in := make(map[netip.Prefix]bool, len(ranges))
+	for _, p := range ranges {
+		in[p] = true
+	}
+	out := map[netip.Prefix]bool{}
+	for p := range prefixes {
+		if isHeld(p, in) {
+			out[p] = true
+		}
+	}
+	return out
+}
+
+// isHeld walks up: at most 129 steps, so that thousands of ranges stay cheap.
+func isHeld(p netip.Prefix, ranges map[netip.Prefix]bool) bool {
+	for bits := p.Bits(); bits >= 0; bits-- {
+		if ranges[netip.PrefixFrom(p.Addr(), bits).Masked()] {
+			return true
+		}
+	}
+	return false
 }
 
 func isLoopback4(p netip.Prefix) bool {

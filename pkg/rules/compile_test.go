@@ -135,3 +135,39 @@ func TestCompileOfPorts(t *testing.T) {
 		t.Error(c.InDefaultCapture, diff)
 	}
 }
+
+func TestOfMachinesCompiledRangesTellTheIncludedAddresses(t *testing.T) {
+	included := 0
+	for seed := range uint64(1000) {
+		random := rand.New(rand.NewPCG(seed, 7))
+		r := Default()
+		r.IncludeOutboundCIDRs = CIDRs{List: randomPrefixes(random)}
+		r.ExcludeOutboundCIDRs = randomPrefixes(random)
+		normal, err := r.Normalise()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := normal.Compile()
+		for range 20 {
+			a := randomAddr(random)
+			want := slices.ContainsFunc(r.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Contains(a) })
+			got := false
+			for bits := a.BitLen(); bits >= 0; bits-- {
+				p := netip.PrefixFrom(a, bits).Masked()
+				if _, there := c.CIDRs[p]; there {
+					got = c.Rerouted[p]
+					break
+				}
+			}
+			if got != want {
+				t.Fatalf("seed %d: %v is rerouted: %v, want %v\ninclude %v\nexclude %v", seed, a, got, want, r.IncludeOutboundCIDRs.List, r.ExcludeOutboundCIDRs)
+			}
+			if want {
+				included++
+			}
+		}
+	}
+	if included < 1000 || included > 19000 {
+		t.Errorf("%d of 20000 addresses are included: these sets say little", included)
+	}
+}

@@ -23,7 +23,7 @@ const (
 const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
 	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
 	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXY[A-Z]|WayBack|" +
-	"DNSBy|DNSOfSeveral|DNSNobody"
+	"DNSBy|DNSOfSeveral|DNSNobody|MachineBehind|MachineHasCalled|ThePodsLoopback|ARerouterAsks"
 
 // belowTheFloor are the kernels that Sluice refuses.
 var belowTheFloor = map[string]bool{"5.10": true}
