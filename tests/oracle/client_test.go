@@ -21,7 +21,7 @@ import (
 // may well never come.
 const (
 	patience   = 15 * time.Second
-	vanishTime = 1500 * time.Millisecond
+	vanishTime = 3 * time.Second
 )
 
 // client is a probe under way.
@@ -232,7 +232,7 @@ func (c *client) proceed(end bool) {
 			c.fail(errno(errors.Join(err, unix.Errno(e))))
 			return
 		}
-		c.linked = true
+		c.linked, c.until = true, time.Now().Add(patience) // the answer does come
 		return
 	}
 	var buf [1024]byte

@@ -139,8 +139,11 @@ func loop(x *comparison) {
 		return
 	}
 	port := x.To.Port()
-	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort {
 		return
+	}
+	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+		return // direct, before who calls is asked
 	}
 	source := x.Source
 	if !source.IsValid() && x.To.Addr() == lo[4] {
