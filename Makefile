@@ -64,11 +64,19 @@ test: root go-is-there ## run every test, in network namespaces (root)
 N ?= 200
 SEED ?=
 
+# Istio's own program, to check the oracle's rules with: a module of its own.
+ISTIO := bin/tools/istio-iptables
+
+$(ISTIO): tests/istio/go.mod tests/istio/go.sum tests/istio/main.go
+	@echo "building Istio's istio-iptables (half a minute the first time)"
+	@CGO_ENABLED=0 go -C tests/istio build -o $(CURDIR)/$@ .
+	@touch $@
+
 .PHONY: oracle
-oracle: root go-is-there ## compare Sluice with Istio's iptables rules, case by case: make oracle N=200 [SEED=17] (root)
+oracle: root go-is-there $(ISTIO) ## compare Sluice with Istio's iptables rules, case by case: make oracle N=200 [SEED=17] (root)
 	$(DEPS) test
-	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run 'Test(Every|Without|Table|Random)' ./tests/oracle \
-		-oracle.n=$(N) $(if $(SEED),-oracle.seed=$(SEED)) || \
+	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run 'Test(Every|Without|Table|Random|OurRules|Istios)' ./tests/oracle \
+		-oracle.istio=$(CURDIR)/$(ISTIO) -oracle.n=$(N) $(if $(SEED),-oracle.seed=$(SEED)) || \
 		{ echo "Sluice and iptables differ, or the comparison failed: see above, and docs/oracle.md."; exit 1; }
 	@echo "No difference but those that docs/compatibility.md lists."
 

@@ -67,11 +67,11 @@ func (i *iptables) inbound() {
 	for _, name := range i.ExcludeInterfaces {
 		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
 	}
+	i.add("I1", "-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN")
 	if !i.IncludeInboundPorts.All && len(i.IncludeInboundPorts.List) == 0 {
 		return
 	}
 	i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
-	i.add("I1", "-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN")
 	if !i.IncludeInboundPorts.All {
 		for _, port := range i.IncludeInboundPorts.List {
 			i.add("I3", "-A ISTIO_INBOUND -p tcp --dport %d -j ISTIO_IN_REDIRECT", port)
@@ -117,8 +117,7 @@ func (i *iptables) output() {
 	}
 	i.owners()
 	if i.DNS {
-		i.add("O10", "-A ISTIO_OUTPUT -p udp -j ISTIO_OUTPUT_DNS")
-		i.add("O10", "-A ISTIO_OUTPUT -p tcp -j ISTIO_OUTPUT_DNS")
+		i.add("O10", "-A ISTIO_OUTPUT -j ISTIO_OUTPUT_DNS")
 		i.add("", "-A ISTIO_OUTPUT_DNS -p tcp --dport 53 -j REDIRECT --to-ports %d", i.DNSPort)
 		i.add("", "-A ISTIO_OUTPUT_DNS -p udp --dport 53 -j REDIRECT --to-ports %d", i.DNSPort)
 	}

@@ -21,6 +21,7 @@ var (
 	randomN   = flag.Int("oracle.n", 10, "how many random configurations to draw")
 	firstSeed = flag.Uint64("oracle.seed", uint64(time.Now().UnixNano()%1e9), "seed of the first random configuration; the next one has the next number")
 	forRule   = flag.String("oracle.rule", "", "with TestOneRule: run the configuration in which this rule shows")
+	istio     = flag.String("oracle.istio", "", "Istio's own istio-iptables, built from tests/istio")
 	mutate    = flag.Bool("oracle.mutate", false, "take each rule out of Sluice's own sources too, and demand that it is noticed (minutes)")
 )
 
