@@ -21,7 +21,7 @@ import (
 // may well never come.
 const (
 	patience   = 15 * time.Second
-	vanishTime = 3 * time.Second
+	vanishTime = 2 * time.Second // before ARP gives up
 )
 
 // client is a probe under way.
