@@ -20,9 +20,9 @@ const (
 // chosen are the datapath tests that run here: loading, attaching, outbound,
 // inbound by both ways, the guard, and what kernels differ in. The others say
 // little about a kernel and take long under emulation.
-const chosen = "ItsOriginalDestination|Guard|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
-	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|EnrolAnd|ItsCookie|DownRemoves|EveryMap|" +
-	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXY[A-Z]|WayBack|" +
+const chosen = "ItsOriginalDestination|GuardStops|GuardFinds|GuardLeaves|GuardOf|NeverLeavesThePod|AtEnrolment|SomebodyElses|Validation|" +
+	"RulesOfLocal|RulesOfInbound|Getsockopt|UDP|DownRemoves|EveryMap|" +
+	"ThroughAnExcludedInterface|RefreshOfALocalPrefix|OutboundHoweverTheAppConnects|OutboundOfAnMPTCP|OutboundToAnMPTCP|FastOpen|InitContainers|TheProxyOfAUserNamespace|SYNCookies|ReconnectsFromItsPort|ByTPROXYTheNetwork|ByTPROXYTheProxy|" +
 	"DNSBy|DNSOfSeveral|DNSNobody|MachineBehind|MachineHasCalled|ThePodsLoopback|ARerouterAsks"
 
 // belowTheFloor are the kernels that Sluice refuses.

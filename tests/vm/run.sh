@@ -26,7 +26,7 @@ Environment:
   SLUICE_VM_CACHE    where kernels are kept (default ~/.cache/sluice-vm)
   SLUICE_VM_DEB      the kernel's .deb (several: separated by spaces) in place
                      of fetching one
-  SLUICE_VM_TIMEOUT  seconds from start to end of the machine (default 300)
+  SLUICE_VM_TIMEOUT  seconds from start to end of the machine (default 1200)
   SLUICE_VM_LOG      where to leave the kernel's messages
 EOF
 }
@@ -39,7 +39,7 @@ root=$(cd "$here/../.." && pwd)
 # What the datapath and its tests use and Debian builds as modules.
 modules=(veth dummy bridge sch_ingress cls_bpf tcp_diag)
 files=()
-timeout=${SLUICE_VM_TIMEOUT:-300}
+timeout=${SLUICE_VM_TIMEOUT:-1200}
 
 say() { printf 'vm: %s\n' "$*"; }
 die() {
