@@ -67,6 +67,13 @@ race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector
 		{ echo "Some tests failed or raced: see FAIL and DATA RACE above."; exit 1; }
 	@echo "No test failed and no data race was found."
 
+# How long each fuzz target runs.
+FUZZTIME ?= 30s
+
+.PHONY: fuzz
+fuzz: go-is-there ## run every fuzz target for FUZZTIME (30s each)
+	@FUZZTIME=$(FUZZTIME) hack/fuzz.sh
+
 # More flags for the benchmark, such as BENCHFLAGS=--quick.
 BENCHFLAGS ?=
 

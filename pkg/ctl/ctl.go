@@ -24,6 +24,7 @@ const (
 
 // Env is what the command line touches of the world.
 type Env struct {
+	In       io.Reader // nil: the process's own
 	Out, Err io.Writer
 }
 
@@ -34,6 +35,7 @@ var errNotOK = errors.New("not ok")
 func Run(env Env, args []string) int {
 	root := newRoot(env)
 	root.SetArgs(args)
+	root.SetIn(env.In)
 	root.SetOut(env.Out)
 	root.SetErr(env.Err)
 	err := root.Execute()

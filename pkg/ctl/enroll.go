@@ -3,6 +3,7 @@ package ctl
 import (
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -15,6 +16,7 @@ import (
 
 type enrollFlags struct {
 	netns, pod  string
+	manifest    string
 	annotations []string
 	uids, gids  []string
 	inbound, tc string
@@ -31,18 +33,22 @@ port 15001, inbound to 15006. The proxy is whoever runs as --proxy-uid or
 --proxy-gid; its own traffic is left alone. Without a proxy that listens,
 connections are refused: nothing passes unseen.
 
-Annotations are Istio's:
+The rules are Istio's annotations, for example
   traffic.sidecar.istio.io/includeOutboundIPRanges   "*", or CIDRs
   traffic.sidecar.istio.io/excludeOutboundIPRanges   CIDRs; wins over includes
   traffic.sidecar.istio.io/excludeOutboundPorts      ports
   traffic.sidecar.istio.io/includeInboundPorts       "*", or ports
   traffic.sidecar.istio.io/excludeInboundPorts       ports; without effect beside an include list
+all of which are in docs/rules.md. --manifest takes them, the proxy's identity
+and the pod's names from a pod's YAML or JSON, as the injector leaves it, and
+enrols it if it has a sidecar.
 
 Enrolling a namespace again changes its rules and repairs what is missing; open
 connections are left alone.`,
 		Example: `  sluicectl enroll --netns web
   sluicectl enroll --netns /proc/4711/ns/net --pod shop/cart-0 \
-    --annotation traffic.sidecar.istio.io/excludeOutboundPorts=3306,6379`,
+    --annotation traffic.sidecar.istio.io/excludeOutboundPorts=3306,6379
+  kubectl get pod -n shop cart-0 -o yaml | sluicectl enroll --netns web --manifest -`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.enroll(cmd, f) },
 	}
@@ -52,6 +58,7 @@ connections are left alone.`,
 	fl.StringArrayVar(&f.annotations, "annotation", nil, "KEY=VALUE; may be repeated")
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
+	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of --pod, --annotation, --proxy-uid and --proxy-gid")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
@@ -60,9 +67,19 @@ connections are left alone.`,
 }
 
 func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
-	pod, err := f.parse()
+	if cmd.Flags().Changed("manifest") && f.manifest == "" { // an unset variable of a script
+		return errors.New("--manifest: name a file, or - for stdin")
+	}
+	pod, decision, err := f.parse(cmd.InOrStdin())
 	if err != nil {
 		return err
+	}
+	for _, warning := range decision.Warnings {
+		cmd.PrintErrln("sluicectl: warning: " + warning)
+	}
+	if decision.Skip != "" {
+		cmd.Printf("Nothing was enrolled: %s.\n", decision.Skip)
+		return nil
 	}
 	if err := needRoot(); err != nil {
 		return err
@@ -101,48 +118,68 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 }
 
 // parse judges every value before anything is touched.
-func (f enrollFlags) parse() (datapath.Pod, error) {
+func (f enrollFlags) parse(stdin io.Reader) (datapath.Pod, mesh.Decision, error) {
 	pod := datapath.Pod{NoGuard: f.noGuard}
+	var decision mesh.Decision
 	var err error
 	if pod.Inbound, err = datapath.ParseInbound(f.inbound); err != nil {
-		return pod, fmt.Errorf("--inbound: %w", err)
+		return pod, decision, fmt.Errorf("--inbound: %w", err)
 	}
 	if pod.TC, err = datapath.ParseTCAttach(f.tc); err != nil {
-		return pod, fmt.Errorf("--tc: %w", err)
+		return pod, decision, fmt.Errorf("--tc: %w", err)
 	}
+	if f.manifest != "" {
+		decision, err = f.fromManifest(&pod, stdin)
+	} else {
+		decision, err = f.fromFlags(&pod)
+	}
+	if err != nil || decision.Skip != "" {
+		return pod, decision, err
+	}
+	pod.Rules = decision.Rules
+	return pod, decision, refuseUnsupported(pod.Rules)
+}
+
+func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
+	var none mesh.Decision
 	if f.pod != "" {
 		namespace, name, ok := strings.Cut(f.pod, "/")
-		if !ok || namespace == "" || name == "" || strings.Contains(name, "/") || len(namespace) > 63 || len(name) > 253 {
-			return pod, fmt.Errorf("--pod: %q is not NAMESPACE/NAME, such as shop/cart-0", f.pod)
+		if !ok || checkPodName(namespace, name) != nil {
+			return none, fmt.Errorf("--pod: %q is not NAMESPACE/NAME, such as shop/cart-0", f.pod)
 		}
 		pod.Namespace, pod.Name = namespace, name
 	}
 	base := rules.Default()
+	var err error
 	if base.ProxyUIDs, err = parseIDs(f.uids, base.ProxyUIDs); err != nil {
-		return pod, fmt.Errorf("--proxy-uid: %w", err)
+		return none, fmt.Errorf("--proxy-uid: %w", err)
 	}
 	if base.ProxyGIDs, err = parseIDs(f.gids, base.ProxyGIDs); err != nil {
-		return pod, fmt.Errorf("--proxy-gid: %w", err)
+		return none, fmt.Errorf("--proxy-gid: %w", err)
 	}
 	annotations := map[string]string{}
 	for _, text := range f.annotations {
 		key, value, ok := strings.Cut(text, "=")
 		if !ok || key == "" {
-			return pod, fmt.Errorf("--annotation: %q is not KEY=VALUE", text)
+			return none, fmt.Errorf("--annotation: %q is not KEY=VALUE", text)
 		}
 		if !strings.Contains(key, "/") {
-			return pod, fmt.Errorf("--annotation: %q is not a full annotation name, such as traffic.sidecar.istio.io/excludeOutboundPorts", key)
+			return none, fmt.Errorf("--annotation: %q is not a full annotation name, such as traffic.sidecar.istio.io/excludeOutboundPorts", key)
 		}
 		if _, twice := annotations[key]; twice {
-			return pod, fmt.Errorf("--annotation: %s is given twice", key)
+			return none, fmt.Errorf("--annotation: %s is given twice", key)
 		}
 		annotations[key] = value
 	}
-	if pod.Rules, err = mesh.Apply(base, annotations); err != nil {
-		return pod, err
+	return mesh.Apply(base, annotations)
+}
+
+// checkPodName refuses what is no pod's name, or longer than the map holds.
+func checkPodName(namespace, name string) error {
+	if namespace == "" || name == "" || strings.Contains(name, "/") || len(namespace) > 63 || len(name) > 253 {
+		return fmt.Errorf("namespace %q and name %q are not those of a pod", namespace, name)
 	}
-	_, err = pod.Rules.Normalise()
-	return pod, err
+	return nil
 }
 
 func parseIDs(texts []string, fallback []uint32) ([]uint32, error) {

@@ -275,6 +275,6 @@ func (n *node) up(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = d.Enroll(n.web.ns, datapath.Pod{Namespace: demoPodSpace, Name: n.web.name, Rules: applied})
+	_, err = d.Enroll(n.web.ns, datapath.Pod{Namespace: demoPodSpace, Name: n.web.name, Rules: applied.Rules})
 	return err
 }

@@ -1,89 +1,242 @@
-// Package mesh turns what a mesh says about a pod into rules. It is pure: no
-// kernel, no API server.
 package mesh
 
 import (
+	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
-// The traffic annotations of Istio's sidecar that this version reads.
+// The annotations that Judge and Apply read. All but the last are Istio's.
 const (
-	annotationPrefix     = "traffic.sidecar.istio.io/"
-	includeOutboundCIDRs = annotationPrefix + "includeOutboundIPRanges"
-	excludeOutboundCIDRs = annotationPrefix + "excludeOutboundIPRanges"
-	includeInboundPorts  = annotationPrefix + "includeInboundPorts"
-	excludeInboundPorts  = annotationPrefix + "excludeInboundPorts"
-	excludeOutboundPorts = annotationPrefix + "excludeOutboundPorts"
+	trafficPrefix = "traffic.sidecar.istio.io/"
+
+	annotationMode        = "sidecar.istio.io/interceptionMode"
+	annotationInject      = "sidecar.istio.io/inject" // or label
+	annotationStatus      = "sidecar.istio.io/status"
+	annotationStatusPort  = "status.sidecar.istio.io/port"
+	annotationProxyConfig = "proxy.istio.io/config"
+	annotationReroute     = "istio.io/reroute-virtual-interfaces"
+	annotationKubevirt    = trafficPrefix + "kubevirtInterfaces" // the old name of the same
+
+	// AnnotationCapture says since when a pod's outbound is captured: "always",
+	// or "proxy-ready" for init containers that need a network.
+	AnnotationCapture = "sluice.dev/capture"
 )
 
-// refused are annotations that change the redirection in ways that this version
-// cannot reproduce. Ignoring one would let traffic escape or break.
-var refused = []string{
-	annotationPrefix + "includeOutboundPorts",
-	annotationPrefix + "excludeInterfaces",
-	annotationPrefix + "kubevirtInterfaces",
-	"istio.io/reroute-virtual-interfaces",
+// setting is an annotation that has the rules changed.
+type setting struct {
+	key   string
+	apply func(r *rules.Rules, value string) error
 }
 
-// AnnotationError says which annotation is wrong, and how.
-type AnnotationError struct {
-	Key, Value string
-	Err        error
-}
-
-func (e *AnnotationError) Error() string {
-	return fmt.Sprintf("annotation %s=%q: %v", e.Key, e.Value, e.Err)
-}
-
-func (e *AnnotationError) Unwrap() error { return e.Err }
-
-// Apply returns base changed as the annotations say. Annotations that have
-// nothing to do with redirection are ignored; a bad value is an
-// *AnnotationError.
-func Apply(base rules.Rules, annotations map[string]string) (rules.Rules, error) {
-	out := base
-	for _, key := range refused {
-		if value := annotations[key]; value != "" {
-			return rules.Rules{}, &AnnotationError{key, value, fmt.Errorf("not supported yet: remove it")}
+// settings are applied in this order, which is also that of messages. The
+// status port comes after the excludes that it is added to.
+var settings = []setting{
+	{trafficPrefix + "includeOutboundIPRanges", func(r *rules.Rules, value string) (err error) {
+		r.IncludeOutboundCIDRs, err = rules.ParseCIDRs(value, true)
+		return err
+	}},
+	{trafficPrefix + "excludeOutboundIPRanges", func(r *rules.Rules, value string) error {
+		ranges, err := rules.ParseCIDRs(value, false)
+		r.ExcludeOutboundCIDRs = ranges.List
+		return err
+	}},
+	{trafficPrefix + "includeOutboundPorts", func(r *rules.Rules, value string) error {
+		ports, err := rules.ParsePorts(value, false)
+		r.IncludeOutboundPorts = ports.List
+		return err
+	}},
+	{trafficPrefix + "excludeOutboundPorts", func(r *rules.Rules, value string) error {
+		ports, err := rules.ParsePorts(value, false)
+		r.ExcludeOutboundPorts = ports.List
+		return err
+	}},
+	{trafficPrefix + "includeInboundPorts", func(r *rules.Rules, value string) (err error) {
+		r.IncludeInboundPorts, err = rules.ParsePorts(value, true)
+		return err
+	}},
+	{trafficPrefix + "excludeInboundPorts", func(r *rules.Rules, value string) error {
+		ports, err := rules.ParsePorts(value, false)
+		r.ExcludeInboundPorts = ports.List
+		return err
+	}},
+	{annotationStatusPort, func(r *rules.Rules, value string) error {
+		port, err := parsePort(value)
+		if port != 0 {
+			r.ExcludeInboundPorts = append(slices.Clone(r.ExcludeInboundPorts), port)
 		}
+		return err
+	}},
+	{trafficPrefix + "excludeInterfaces", func(r *rules.Rules, value string) (err error) {
+		r.ExcludeInterfaces, err = parseInterfaces(value)
+		return err
+	}},
+	{annotationReroute, func(r *rules.Rules, value string) (err error) {
+		r.RerouteInterfaces, err = parseInterfaces(value)
+		return err
+	}},
+	{annotationKubevirt, func(r *rules.Rules, value string) (err error) {
+		r.RerouteInterfaces, err = parseInterfaces(value)
+		return err
+	}},
+	{AnnotationCapture, func(r *rules.Rules, value string) (err error) {
+		r.From, err = parseFrom(value)
+		return err
+	}},
+}
+
+// ValueError says which setting of a pod is wrong, and how.
+type ValueError struct {
+	Setting string // such as "annotation sidecar.istio.io/interceptionMode"
+	Value   string
+	Err     error
+}
+
+func (e *ValueError) Error() string {
+	return fmt.Sprintf("%s=%q: %s", e.Setting, shorten(e.Value), cutMiddle(e.Err.Error()))
+}
+
+func (e *ValueError) Unwrap() error { return e.Err }
+
+// shorten and cutMiddle keep messages readable, and inside what a Kubernetes
+// Event holds. The remedy is at the end of a message.
+func shorten(value string) string {
+	const most = 120
+	if len(value) <= most {
+		return value
 	}
-	if mode, ok := annotations["sidecar.istio.io/interceptionMode"]; ok && mode != "REDIRECT" {
-		return rules.Rules{}, &AnnotationError{"sidecar.istio.io/interceptionMode", mode, fmt.Errorf("only REDIRECT is supported yet")}
+	return strings.ToValidUTF8(value[:most], "") + "..."
+}
+
+func cutMiddle(text string) string {
+	const head, tail = 120, 280
+	if len(text) <= head+tail {
+		return text
 	}
-	for key, value := range annotations {
-		if err := applyOne(&out, key, value); err != nil {
-			return rules.Rules{}, &AnnotationError{key, value, err}
-		}
+	return shorten(text) + strings.ToValidUTF8(text[len(text)-tail:], "")
+}
+
+// Apply changes base as annotations say, for a pod that is known by nothing
+// else. Annotations that have nothing to do with redirection are ignored; a bad
+// value, or a traffic annotation that does not exist, is a *ValueError.
+func Apply(base rules.Rules, annotations map[string]string) (Decision, error) {
+	if unknown := unknownTraffic(annotations); len(unknown) > 0 {
+		key := unknown[0]
+		return Decision{}, &ValueError{"annotation " + key, annotations[key], fmt.Errorf("unknown traffic annotation: known are %s", knownTraffic())}
+	}
+	return decide(base, annotations, nil)
+}
+
+// decide applies annotations and the proxy's environment to base.
+func decide(base rules.Rules, annotations map[string]string, env map[string]EnvVar) (Decision, error) {
+	out := Decision{Rules: base}
+	config, err := readProxyConfig(annotations)
+	if err != nil {
+		return Decision{}, err
+	}
+	e := environment{env: env, metadata: config.ProxyMetadata}
+	if e.disabled() {
+		return Decision{Skip: "DISABLE_ENVOY is set for its proxy: there is no Envoy to redirect to"}, nil
+	}
+	none, err := applyMode(&out.Rules, annotations, config)
+	if none || err != nil {
+		return Decision{Skip: noneReason(none)}, err
+	}
+	if err := applyAnnotations(&out.Rules, annotations); err != nil {
+		return Decision{}, err
+	}
+	if err := e.apply(&out); err != nil {
+		return Decision{}, err
+	}
+	if out.Rules, err = out.Rules.Normalise(); err != nil {
+		return Decision{}, err
 	}
 	return out, nil
 }
 
-func applyOne(out *rules.Rules, key, value string) error {
-	var err error
-	var ports rules.Ports
-	var cidrs rules.CIDRs
-	switch key {
-	case includeOutboundCIDRs:
-		out.IncludeOutboundCIDRs, err = rules.ParseCIDRs(value, true)
-	case excludeOutboundCIDRs:
-		cidrs, err = rules.ParseCIDRs(value, false)
-		out.ExcludeOutboundCIDRs = cidrs.List
-	case includeInboundPorts:
-		out.IncludeInboundPorts, err = rules.ParsePorts(value, true)
-	case excludeInboundPorts:
-		ports, err = rules.ParsePorts(value, false)
-		out.ExcludeInboundPorts = ports.List
-	case excludeOutboundPorts:
-		ports, err = rules.ParsePorts(value, false)
-		out.ExcludeOutboundPorts = ports.List
-	default:
-		if strings.HasPrefix(key, annotationPrefix) && !slices.Contains(refused, key) {
-			return fmt.Errorf("unknown traffic annotation: known are includeOutboundIPRanges, excludeOutboundIPRanges, includeInboundPorts, excludeInboundPorts and excludeOutboundPorts")
+func noneReason(none bool) string {
+	if !none {
+		return ""
+	}
+	return "its interception mode is NONE: nothing is to be redirected"
+}
+
+func readProxyConfig(annotations map[string]string) (proxyConfig, error) {
+	text, ok := annotations[annotationProxyConfig]
+	if !ok {
+		return proxyConfig{}, nil
+	}
+	config, err := parseProxyConfig(text)
+	if err != nil {
+		return proxyConfig{}, &ValueError{"annotation " + annotationProxyConfig, text, err}
+	}
+	return config, nil
+}
+
+// applyMode takes the mode from its annotation, or else from the proxy's
+// configuration, which the injector would make that annotation of.
+func applyMode(r *rules.Rules, annotations map[string]string, config proxyConfig) (none bool, err error) {
+	where := "annotation " + annotationMode
+	text, ok := annotations[annotationMode]
+	if !ok {
+		where = "interceptionMode in annotation " + annotationProxyConfig
+		if text = config.InterceptionMode; text == "" {
+			return false, nil
 		}
 	}
-	return err
+	mode, none, err := parseMode(text)
+	if err != nil {
+		return false, &ValueError{where, text, err}
+	}
+	if !none {
+		r.Mode = mode
+	}
+	return none, nil
+}
+
+func applyAnnotations(r *rules.Rules, annotations map[string]string) error {
+	_, renamed := annotations[annotationReroute]
+	for _, s := range settings {
+		value, ok := annotations[s.key]
+		if !ok || renamed && s.key == annotationKubevirt {
+			continue
+		}
+		if err := s.apply(r, value); err != nil {
+			return &ValueError{"annotation " + s.key, value, err}
+		}
+	}
+	for _, name := range r.ExcludeInterfaces {
+		if slices.Contains(r.RerouteInterfaces, name) {
+			return &ValueError{"annotation " + trafficPrefix + "excludeInterfaces", annotations[trafficPrefix+"excludeInterfaces"],
+				errors.New(name + " is also rerouted: take it out of one of the two annotations")}
+		}
+	}
+	return nil
+}
+
+// unknownTraffic returns traffic annotations that do not exist, in order: most
+// likely somebody meant one that does.
+func unknownTraffic(annotations map[string]string) []string {
+	var out []string
+	for _, key := range slices.Sorted(maps.Keys(annotations)) {
+		known := slices.ContainsFunc(settings, func(s setting) bool { return s.key == key })
+		if strings.HasPrefix(key, trafficPrefix) && !known {
+			out = append(out, key)
+		}
+	}
+	return out
+}
+
+func knownTraffic() string {
+	var names []string
+	for _, s := range settings {
+		if name, ok := strings.CutPrefix(s.key, trafficPrefix); ok {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, ", ")
 }

@@ -1,0 +1,123 @@
+package ctl
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/mesh"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// maxManifest is more than an API server keeps of a pod.
+const maxManifest = 4 << 20
+
+// fromManifest judges the pod of --manifest with the mesh's defaults, and names
+// pod after it.
+func (f enrollFlags) fromManifest(pod *datapath.Pod, stdin io.Reader) (mesh.Decision, error) {
+	if f.pod != "" || len(f.annotations)+len(f.uids)+len(f.gids) > 0 {
+		return mesh.Decision{}, errors.New("--manifest says what --pod, --annotation, --proxy-uid and --proxy-gid say: leave those out")
+	}
+	text, err := readManifest(f.manifest, stdin)
+	if err != nil {
+		return mesh.Decision{}, fmt.Errorf("--manifest: %w", err)
+	}
+	described, err := parseManifest(text)
+	if err != nil {
+		return mesh.Decision{}, fmt.Errorf("--manifest: %s: %w", f.manifest, err)
+	}
+	meta := described.Metadata
+	pod.Namespace, pod.Name, pod.UID = meta.Namespace, meta.Name, meta.UID
+	decision, err := mesh.Judge(described, mesh.DefaultConfig())
+	if decision.Skip != "" {
+		decision.Skip = fmt.Sprintf("pod %s/%s: %s", meta.Namespace, meta.Name, decision.Skip)
+	}
+	return decision, err
+}
+
+func readManifest(name string, stdin io.Reader) ([]byte, error) {
+	if name != "-" {
+		file, err := os.Open(name)
+		if err != nil {
+			return nil, err
+		}
+		defer file.Close()
+		stdin = file
+	}
+	text, err := io.ReadAll(io.LimitReader(stdin, maxManifest+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxManifest {
+		return nil, fmt.Errorf("%s is larger than %d MiB: that is no pod's manifest", name, maxManifest>>20)
+	}
+	return text, nil
+}
+
+// parseManifest reads one pod. A pod without a namespace is in "default", as
+// for kubectl.
+func parseManifest(text []byte) (mesh.Pod, error) {
+	var out struct {
+		Kind string `json:"kind"`
+		mesh.Pod
+	}
+	if countDocuments(string(text)) > 1 {
+		return mesh.Pod{}, errors.New("these are several documents: give one pod")
+	}
+	if err := yaml.Unmarshal(text, &out); err != nil {
+		return mesh.Pod{}, fmt.Errorf("not a pod's YAML or JSON: %s", strings.Join(strings.Fields(err.Error()), " "))
+	}
+	if out.Kind != "Pod" {
+		return mesh.Pod{}, fmt.Errorf("its kind is %q, not Pod: give a running pod's manifest, as \"kubectl get pod NAME -o yaml\" prints it", out.Kind)
+	}
+	meta := &out.Metadata
+	if meta.Namespace == "" {
+		meta.Namespace = "default"
+	}
+	if err := checkPodName(meta.Namespace, meta.Name); err != nil {
+		return mesh.Pod{}, err
+	}
+	return out.Pod, nil
+}
+
+// countDocuments counts the YAML documents that hold something; the decoder
+// would read the first and drop the others without a word.
+func countDocuments(text string) int {
+	documents, something := 0, false
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, " \t\r\n")
+		if rest, begins := strings.CutPrefix(line, "---"); begins && (rest == "" || rest[0] == ' ') {
+			line, something = strings.TrimSpace(rest), false
+		}
+		if something || line == "" || strings.ContainsRune("#%", rune(line[0])) {
+			continue // after the first, a comment, a directive
+		}
+		documents, something = documents+1, true
+	}
+	return documents
+}
+
+// refuseUnsupported refuses what the datapath cannot do yet: to ignore it would
+// let traffic escape, or break.
+func refuseUnsupported(r rules.Rules) error {
+	for _, u := range []struct {
+		what string
+		used bool
+	}{
+		{"interception mode TPROXY", r.Mode == rules.TProxy},
+		{"excludeInterfaces", len(r.ExcludeInterfaces) > 0},
+		{"reroute-virtual-interfaces", len(r.RerouteInterfaces) > 0},
+		{"DNS capture", r.DNS},
+		{mesh.AnnotationCapture + "=" + string(rules.ProxyReady), r.From == rules.ProxyReady},
+	} {
+		if u.used {
+			return fmt.Errorf("%s is not supported yet: remove it", u.what)
+		}
+	}
+	return nil
+}
