@@ -44,7 +44,7 @@ type variable struct {
 
 func (e environment) lookup(name string) (variable, bool) {
 	if v, ok := e.env[name]; ok {
-		return variable{"env of " + proxyContainer + " " + name, v.Value, v.ValueFrom != nil}, true
+		return variable{"env of " + ProxyContainer + " " + name, v.Value, v.ValueFrom != nil}, true
 	}
 	if value, ok := e.metadata[name]; ok {
 		return variable{"proxyMetadata in annotation " + annotationProxyConfig + " " + name, value, false}, true
