@@ -42,6 +42,16 @@ func ReadState(path string) (State, error) {
 	return ParseState(text)
 }
 
+// Encode returns the state as the file holds it.
+func (s State) Encode() ([]byte, error) {
+	s.Version = StateVersion
+	text, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("encode the state: %w", err)
+	}
+	return append(text, '\n'), nil
+}
+
 // ParseState reads a state file's text.
 func ParseState(text []byte) (State, error) {
 	var s State

@@ -179,7 +179,7 @@ func (c *call) refuse(pod agentapi.Pod, err error) error {
 	who := fmt.Sprintf("pod %s/%s", pod.Namespace, pod.Name)
 	var no *agentapi.Error
 	switch {
-	case errors.Is(err, errUndecidable):
+	case errors.Is(err, agentapi.ErrUndecidable):
 		return types.NewError(types.ErrTryAgainLater, who+" has to wait for Sluice's node daemon", err.Error())
 	case errors.As(err, &no) && no.Later:
 		return types.NewError(types.ErrTryAgainLater, who+" has to wait", err.Error())

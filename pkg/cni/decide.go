@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
-	"github.com/sluice-mesh/sluice/pkg/mesh"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -17,13 +15,9 @@ import (
 type verdict struct {
 	skip        string // why it is left alone; empty: enrol it
 	rules       rules.Rules
-	provisional bool // decided without the daemon
+	provisional bool // decided without the API server, or without the daemon
 	warnings    []string
 }
-
-// errUndecidable is returned for a pod about which neither the daemon nor what it
-// left says enough: the runtime tries again.
-var errUndecidable = errors.New("it cannot be told whether this pod is in the mesh")
 
 // decide asks the daemon, and where none answers decides alone.
 func decide(ctx context.Context, c config, pod agentapi.Pod, attachment agentapi.Attachment, netns *os.File) (verdict, error) {
@@ -46,45 +40,23 @@ func decide(ctx context.Context, c config, pod agentapi.Pod, attachment agentapi
 	case answer.Decision == agentapi.Skip:
 		return verdict{skip: answer.Reason, warnings: answer.Warnings}, nil
 	}
-	return verdict{rules: *answer.Rules, warnings: answer.Warnings}, nil
+	return verdict{rules: *answer.Rules, provisional: answer.Provisional, warnings: answer.Warnings}, nil
 }
 
-// decideAlone decides from the state file and the annotations. What it cannot
-// see (the proxy's user, its environment, labels) it takes from the mesh's
-// defaults: the daemon judges again when it is back.
+// decideAlone decides from the state file and the annotations: the daemon judges
+// again when it is back.
 func decideAlone(c config, pod agentapi.Pod) (verdict, error) {
+	var left *agentapi.State
 	state, stateErr := agentapi.ReadState(c.StateFile)
-	if stateErr == nil && slices.Contains(state.Mesh.ExcludedNamespaces, pod.Namespace) {
-		return verdict{skip: "namespace " + pod.Namespace + " is excluded"}, nil
-	}
-	if pod.Annotations == nil {
-		if in, known := state.Namespaces[pod.Namespace]; stateErr == nil && known && !in {
-			return verdict{skip: "namespace " + pod.Namespace + " is not in the mesh"}, nil
-		}
-		return verdict{}, errors.Join(errUndecidable, stateErr)
-	}
-	config := mesh.DefaultConfig()
 	if stateErr == nil {
-		config = state.Mesh
+		left = &state
 	}
-	decision, err := mesh.Judge(presumed(pod), config)
+	decision, err := agentapi.Presume(left, pod)
+	if errors.Is(err, agentapi.ErrUndecidable) {
+		return verdict{}, errors.Join(err, stateErr)
+	}
 	if err != nil {
 		return verdict{}, err
 	}
-	if decision.Skip != "" {
-		return verdict{skip: decision.Skip, warnings: decision.Warnings}, nil
-	}
-	if stateErr != nil { // the mesh's defaults are not known: fail closed
-		return verdict{}, errors.Join(errUndecidable, stateErr)
-	}
-	return verdict{rules: decision.Rules, provisional: true, warnings: decision.Warnings}, nil
-}
-
-// presumed is the pod that annotations alone speak of: if the injector made it a
-// sidecar pod, it has a sidecar.
-func presumed(pod agentapi.Pod) mesh.Pod {
-	return mesh.Pod{
-		Metadata: mesh.Metadata{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, Annotations: pod.Annotations},
-		Spec:     mesh.Spec{Containers: []mesh.Container{{Name: mesh.ProxyContainer}}},
-	}
+	return verdict{skip: decision.Skip, rules: decision.Rules, provisional: decision.Skip == "", warnings: decision.Warnings}, nil
 }

@@ -3,6 +3,7 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 )
 
@@ -19,6 +20,9 @@ const (
 
 // variables are all of them.
 var variables = []string{envDisableEnvoy, envDNS, envDualStack, envInvalidDrop, envGroups, envGroupsExclude, envLoopback}
+
+// ReadsVariable says whether a variable of the proxy can change what Judge decides.
+func ReadsVariable(name string) bool { return slices.Contains(variables, name) }
 
 // environment is that of the proxy: its container's, and what the injector
 // would have put there from the annotation proxy.istio.io/config. The container
