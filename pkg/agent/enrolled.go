@@ -3,12 +3,14 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 // snapshotAge is how old what was read of the maps may be: at the start every pod
@@ -90,6 +92,11 @@ func (r *reconciler) sweep() error {
 		r.metrics.swept.Inc()
 		r.log.WithFields(logrus.Fields{fieldPod: p.Namespace + "/" + p.Name, fieldUID: p.UID, fieldCookie: p.Cookie}).Info("a network namespace is gone; its pod is un-enrolled")
 	}
+	living := map[uint64]bool{}
+	left, listErr := r.node.Pods()
+	for _, p := range left {
+		living[p.Cookie] = true
+	}
 	strays, strayErr := r.node.Strays()
 	now, again := map[uint64]struct{}{}, []uint64{}
 	r.mu.Lock()
@@ -100,15 +107,13 @@ func (r *reconciler) sweep() error {
 		}
 	}
 	r.strays = now
-	for _, p := range gone {
-		delete(r.applied, p.Cookie)
-	}
+	maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
 	r.mu.Unlock()
 	if len(again) > 0 {
 		r.log.WithField(fieldCount, len(again)).Info("attachments of namespaces that are not enrolled are dropped")
 		strayErr = errors.Join(strayErr, r.node.DropStrays(again))
 	}
-	if err := errors.Join(err, strayErr); err != nil {
+	if err := errors.Join(err, listErr, strayErr); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	return nil

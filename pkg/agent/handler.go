@@ -22,7 +22,7 @@ func (h *handler) Handle(ctx context.Context, request agentapi.Request, ns *os.F
 	switch request.Verb {
 	case agentapi.Add:
 		began := time.Now()
-		answer := h.add(ctx, request)
+		answer := h.add(ctx, request, ns)
 		h.metrics.observeAdd(answer, time.Since(began))
 		return answer
 	case agentapi.Check:
@@ -40,7 +40,7 @@ func (h *handler) Handle(ctx context.Context, request agentapi.Request, ns *os.F
 
 // add decides about a pod: by what the API server says of it, and where it does
 // not know the pod, by what the runtime says.
-func (h *handler) add(ctx context.Context, request agentapi.Request) agentapi.Answer {
+func (h *handler) add(ctx context.Context, request agentapi.Request, ns *os.File) agentapi.Answer {
 	decision, provisional, err := h.judge(ctx, request.Pod)
 	fields := logrus.Fields{fieldPod: request.Pod.Namespace + "/" + request.Pod.Name, fieldUID: request.Pod.UID}
 	if err != nil {
@@ -58,6 +58,9 @@ func (h *handler) add(ctx context.Context, request agentapi.Request) agentapi.An
 		return agentapi.Answer{Decision: agentapi.Skip, Reason: decision.Skip, Warnings: decision.Warnings}
 	}
 	delete(h.skipped, uid)
+	if cookie, err := netns.CookieOf(ns); err == nil {
+		h.applied[cookie] = decision.Rules // to tell later what a change changes
+	}
 	if provisional {
 		for _, after := range []time.Duration{doubtTime, 4 * doubtTime} {
 			h.queue.AddAfter(task(request.Pod.Namespace+"/"+request.Pod.Name), after)

@@ -3,6 +3,8 @@ package agent
 import (
 	"bytes"
 	"context"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -23,8 +25,9 @@ func Main(config Config, kubeconfig string, debug bool, parts Parts, out *os.Fil
 		return fmt.Errorf("the daemon loads BPF programs and enters pods' namespaces: run it as root")
 	}
 	log := newLog(out, debug)
-	klog.LogToStderr(false)
-	klog.SetOutput(logWriter{log})
+	if err := takeClientLog(log); err != nil {
+		return err
+	}
 	client, err := newClient(kubeconfig)
 	if err != nil {
 		return err
@@ -53,6 +56,17 @@ func newLog(out *os.File, debug bool) *logrus.Logger {
 		log.SetLevel(logrus.DebugLevel)
 	}
 	return log
+}
+
+// takeClientLog has client-go log nowhere but here.
+func takeClientLog(log logrus.FieldLogger) error {
+	flags := flag.NewFlagSet("klog", flag.ContinueOnError)
+	klog.InitFlags(flags)
+	if err := errors.Join(flags.Set("logtostderr", "false"), flags.Set("stderrthreshold", "FATAL")); err != nil {
+		return fmt.Errorf("set up client-go's log: %w", err)
+	}
+	klog.SetOutput(logWriter{log})
+	return nil
 }
 
 // logWriter takes the lines of client-go's own log. What matters of them the

@@ -219,7 +219,7 @@ func TestAPodThatADDLeftAloneIsNotRepaired(t *testing.T) {
 	alone := sidecar("u1", annotated("sidecar.istio.io/inject", "false"))
 	w := newWorld(t, fake.NewClientset(alone)).start()
 	w.fake.running["u1"] = 7
-	answer := (&handler{w.reconciler}).add(t.Context(), agentapi.Request{Pod: agentapi.Pod{Namespace: "shop", Name: "cart", UID: "u1"}})
+	answer := (&handler{w.reconciler}).add(t.Context(), agentapi.Request{Pod: agentapi.Pod{Namespace: "shop", Name: "cart", UID: "u1"}}, nil)
 	if answer.Decision != agentapi.Skip {
 		t.Fatalf("the answer is %+v", answer)
 	}
