@@ -45,7 +45,7 @@ func TestNobodyIsUnenrolledOnTheAPIServersWord(t *testing.T) {
 	}{
 		{"an empty list", func() (runtime.Object, error) { return &corev1.PodList{}, nil }},
 		{"403", func() (runtime.Object, error) { return nil, apierrors.NewForbidden(pods, "", nil) }},
-		{"410", func() (runtime.Object, error) { return nil, apierrors.NewGone("too old") }},
+		{"410", func() (runtime.Object, error) { return nil, apierrors.NewResourceExpired("too old") }},
 		{"401", func() (runtime.Object, error) { return nil, apierrors.NewUnauthorized("who?") }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -29,9 +29,6 @@ const (
 	delTime = 4 * time.Second
 )
 
-// annotationsCapability is what runtimes hand a pod's annotations over as.
-const annotationsCapability = "io.kubernetes.cri.pod-annotations"
-
 // config is our entry of the conflist, as the runtime hands it over.
 type config struct {
 	types.PluginConf
@@ -80,9 +77,9 @@ func (c config) annotations() (all map[string]string, given bool) {
 // podArgs are what Kubernetes says in CNI_ARGS.
 type podArgs struct {
 	types.CommonArgs
-	K8S_POD_NAMESPACE types.UnmarshallableString //nolint:revive // the names are the wire's
-	K8S_POD_NAME      types.UnmarshallableString //nolint:revive // the names are the wire's
-	K8S_POD_UID       types.UnmarshallableString //nolint:revive // the names are the wire's
+	K8S_POD_NAMESPACE types.UnmarshallableString
+	K8S_POD_NAME      types.UnmarshallableString
+	K8S_POD_UID       types.UnmarshallableString
 }
 
 func parseArgs(text string) (podArgs, error) {

@@ -73,6 +73,12 @@ type daemon struct {
 // start starts a daemon, and ends it with the test.
 func (n *node) start(args ...string) *daemon {
 	n.t.Helper()
+	return n.startAs(func(*exec.Cmd) {}, args...)
+}
+
+// startAs is start with something changed about the process.
+func (n *node) startAs(change func(*exec.Cmd), args ...string) *daemon {
+	n.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		n.t.Fatal(err)
@@ -82,6 +88,7 @@ func (n *node) start(args ...string) *daemon {
 	d.cmd = exec.Command(filepath.Join(bin, "sluiced"), append([]string{"--node", "n1", "--kubeconfig", n.api.kubeconfig, "--run-dir", n.dir,
 		"--bpffs", n.bpffs, "--cgroup", kit.Cgroup(n.t), "--listen", d.address, "--resync", "5s"}, args...)...)
 	d.cmd.Stderr = n.t.Output()
+	change(d.cmd)
 	if err := d.cmd.Start(); err != nil {
 		n.t.Fatal(err)
 	}
