@@ -25,8 +25,8 @@ type Verb string
 
 // The verbs. Add and Check come with a namespace.
 const (
-	Add    Verb = "add"    // what is this pod? its maps are written before the answer
-	Undo   Verb = "undo"   // the plugin could not attach: forget the pod again
+	Add    Verb = "add"    // what is this pod?
+	Undo   Verb = "undo"   // the plugin could not enroll it: it does not start
 	Del    Verb = "del"    // the plugin has removed an attachment
 	Check  Verb = "check"  // is this pod as it should be?
 	Status Verb = "status" // would Add work?
@@ -73,8 +73,11 @@ type Answer struct {
 	Decision Decision     `json:"decision,omitempty"`
 	Reason   string       `json:"reason,omitempty"` // of a skip
 	Rules    *rules.Rules `json:"rules,omitempty"`  // of an enrolment
-	Warnings []string     `json:"warnings,omitempty"`
-	Error    *Error       `json:"error,omitempty"`
+	// Provisional says that the API server did not know the pod: the enrolment is
+	// to be recorded as such, and judged again.
+	Provisional bool     `json:"provisional,omitempty"`
+	Warnings    []string `json:"warnings,omitempty"`
+	Error       *Error   `json:"error,omitempty"`
 }
 
 // Error is why a request failed, and whether it may succeed later.

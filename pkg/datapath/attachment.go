@@ -125,6 +125,17 @@ func (d *Datapath) release(key connectAttachmentKey, value connectAttachment, ns
 	return out, errors.Join(err, deleteKey(d.maps["attachments"], key))
 }
 
+// Attachment finds what is recorded of an attachment.
+func (d *Datapath) Attachment(a AttachmentID) (out Attachment, found bool, err error) {
+	var value connectAttachment
+	if err := d.maps["attachments"].Lookup(a.key(), &value); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return Attachment{}, false, nil
+	} else if err != nil {
+		return Attachment{}, false, fmt.Errorf("read attachments: %w", err)
+	}
+	return attachmentOf(value), true, nil
+}
+
 // Attachments lists what is recorded.
 func (d *Datapath) Attachments() ([]Attachment, error) {
 	var out []Attachment

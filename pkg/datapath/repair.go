@@ -51,6 +51,23 @@ func (d *Datapath) podAlive(cookie uint64) (bool, error) {
 	return ns != nil && ns.NetnsInode != 0, nil
 }
 
+// CheckPod says what is missing of a pod's enrolment, in an error.
+func (d *Datapath) CheckPod(cookie uint64) error {
+	var value connectPod
+	if err := d.maps["pods"].Lookup(cookie, &value); err != nil {
+		return fmt.Errorf("namespace %d is not in the map pods: %w", cookie, err)
+	}
+	var set connectRuleSet
+	if err := d.maps["rule_sets"].Lookup(value.RulesId, &set); err != nil {
+		return fmt.Errorf("rule set %08x of namespace %d is not there: %w", value.RulesId, cookie, err)
+	}
+	alive, err := d.podAlive(cookie)
+	if err == nil && !alive {
+		err = fmt.Errorf("the sk_lookup program of namespace %d is not attached", cookie)
+	}
+	return err
+}
+
 // completePods attaches what is missing to the namespaces that still live, and
 // un-enrols the others.
 func (d *Datapath) completePods(cookies []uint64) error {

@@ -240,3 +240,13 @@ func knownTraffic() string {
 	}
 	return strings.Join(names, ", ")
 }
+
+// Reads says whether an annotation can change what Judge decides. Others need not
+// be given to it.
+func Reads(key string) bool {
+	switch key {
+	case annotationMode, annotationInject, annotationStatus, annotationStatusPort, annotationProxyConfig, annotationReroute, AnnotationCapture:
+		return true
+	}
+	return strings.HasPrefix(key, trafficPrefix)
+}

@@ -3,6 +3,7 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 )
 
@@ -19,6 +20,9 @@ const (
 
 // variables are all of them.
 var variables = []string{envDisableEnvoy, envDNS, envDualStack, envInvalidDrop, envGroups, envGroupsExclude, envLoopback}
+
+// ReadsVariable says whether a variable of the proxy can change what Judge decides.
+func ReadsVariable(name string) bool { return slices.Contains(variables, name) }
 
 // environment is that of the proxy: its container's, and what the injector
 // would have put there from the annotation proxy.istio.io/config. The container
@@ -44,7 +48,7 @@ type variable struct {
 
 func (e environment) lookup(name string) (variable, bool) {
 	if v, ok := e.env[name]; ok {
-		return variable{"env of " + proxyContainer + " " + name, v.Value, v.ValueFrom != nil}, true
+		return variable{"env of " + ProxyContainer + " " + name, v.Value, v.ValueFrom != nil}, true
 	}
 	if value, ok := e.metadata[name]; ok {
 		return variable{"proxyMetadata in annotation " + annotationProxyConfig + " " + name, value, false}, true

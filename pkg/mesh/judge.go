@@ -15,7 +15,7 @@ import (
 
 // The containers that Istio's injector adds.
 const (
-	proxyContainer = "istio-proxy"
+	ProxyContainer = "istio-proxy"
 	initContainer  = "istio-init" // redirects by iptables
 )
 
@@ -83,10 +83,10 @@ func skip(pod Pod, config Config) string {
 	}
 	proxy, ok := pod.proxy()
 	if !ok {
-		if pod.has(proxyContainer) {
-			return "its " + proxyContainer + " is an init container without restartPolicy Always, which ends before the others start"
+		if pod.has(ProxyContainer) {
+			return "its " + ProxyContainer + " is an init container without restartPolicy Always, which ends before the others start"
 		}
-		return "it has no container " + proxyContainer
+		return "it has no container " + ProxyContainer
 	}
 	if len(proxy.Args) >= 2 && proxy.Args[0] == "proxy" && proxy.Args[1] != "" && proxy.Args[1] != "sidecar" {
 		return fmt.Sprintf("its proxy is a %s and no sidecar", shorten(proxy.Args[1]))
@@ -113,7 +113,7 @@ func setID(ids *[]uint32, field string, id *int64) error {
 	}
 	parsed, err := rules.ParseID(strconv.FormatInt(*id, 10))
 	if err != nil {
-		return &ValueError{field + " of " + proxyContainer, strconv.FormatInt(*id, 10), errors.New("not an ID: give a number from 0 to 4294967294")}
+		return &ValueError{field + " of " + ProxyContainer, strconv.FormatInt(*id, 10), errors.New("not an ID: give a number from 0 to 4294967294")}
 	}
 	*ids = []uint32{parsed}
 	return nil
@@ -129,12 +129,12 @@ func identityWarnings(pod Pod, proxy Container, r rules.Rules) []string {
 	runUID, runGID := pod.runsAs(proxy)
 	if isNot(runUID, uid) && !is(runGID, gid) {
 		out = append(out, fmt.Sprintf("%s runs as UID %d, and the proxy is whoever runs as UID %d or GID %d: give it its own runAsUser or runAsGroup, or its connections count as an app's",
-			proxyContainer, *runUID, uid, gid))
+			ProxyContainer, *runUID, uid, gid))
 	}
 	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
 		runUID, runGID := pod.runsAs(c)
 		switch {
-		case c.Name == proxyContainer || c.Name == "istio-validation":
+		case c.Name == ProxyContainer || c.Name == "istio-validation":
 		case is(runUID, uid):
 			out = append(out, fmt.Sprintf("container %s runs as UID %d, which is the proxy's: its connections are not captured", c.Name, uid))
 		case is(runGID, gid):

@@ -62,12 +62,12 @@ func (p Pod) fullName() string {
 // native sidecar. An init container that ends is no proxy.
 func (p Pod) proxy() (Container, bool) {
 	for _, c := range p.Spec.InitContainers {
-		if c.Name == proxyContainer && c.RestartPolicy == "Always" {
+		if c.Name == ProxyContainer && c.RestartPolicy == "Always" {
 			return c, true
 		}
 	}
 	for _, c := range p.Spec.Containers {
-		if c.Name == proxyContainer {
+		if c.Name == ProxyContainer {
 			return c, true
 		}
 	}

@@ -54,6 +54,19 @@ func Open(pathOrName string) (*NetNS, error) {
 	return n, nil
 }
 
+// CookieOf reads the cookie of a namespace that is open already, as one that came
+// over a socket. The file stays the caller's.
+func CookieOf(file *os.File) (uint64, error) {
+	if file == nil {
+		return 0, errors.New("no network namespace was given")
+	}
+	n := &NetNS{file: file, path: file.Name()}
+	if err := n.identify(); err != nil {
+		return 0, err
+	}
+	return n.cookie, nil
+}
+
 // New makes a network namespace that lives until Close, with lo up.
 func New() (*NetNS, error) {
 	type result struct {

@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// snapshotAge is how old what was read of the maps may be: at the start every pod
+// is looked at within a moment.
+const snapshotAge = 100 * time.Millisecond
+
+// enrolled is a pod's network namespace that is enrolled.
+type enrolled struct {
+	datapath.PodInfo
+	provisional bool
+}
+
+// snapshot is what is enrolled, by UID.
+type snapshot struct {
+	read time.Time
+	pods map[string][]enrolled
+}
+
+// enrolledAs lists a pod's namespaces that are enrolled: more than one where an
+// old sandbox is not gone yet.
+func (r *reconciler) enrolledAs(p *corev1.Pod, fresh bool) ([]enrolled, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if fresh || time.Since(r.pods.read) > snapshotAge {
+		pods, err := r.readPods()
+		if err != nil {
+			return nil, err
+		}
+		r.pods = snapshot{time.Now(), pods}
+	}
+	var out []enrolled
+	for _, uid := range uids(p) {
+		out = append(out, r.pods.pods[uid]...)
+	}
+	return out, nil
+}
+
+func (r *reconciler) readPods() (map[string][]enrolled, error) {
+	infos, err := r.node.Pods()
+	if err != nil {
+		return nil, err
+	}
+	attachments, err := r.node.Attachments()
+	if err != nil {
+		return nil, err
+	}
+	provisional := map[uint64]bool{}
+	for _, a := range attachments {
+		provisional[a.Cookie] = provisional[a.Cookie] || a.Provisional
+	}
+	out := map[string][]enrolled{}
+	for _, info := range infos {
+		if info.UID != "" {
+			out[info.UID] = append(out[info.UID], enrolled{info, provisional[info.Cookie]})
+		}
+	}
+	return out, nil
+}
+
+// adopt says what the daemon found at its start. Up has completed or un-enrolled
+// what could not stay as it was.
+func (r *reconciler) adopt() error {
+	pods, err := r.node.Pods()
+	if err != nil {
+		return err
+	}
+	if len(pods) > 0 {
+		r.log.WithField(fieldCount, len(pods)).Info("adopted the pods that are enrolled")
+	}
+	r.queue.Add(taskSweep)
+	return nil
+}
+
+// sweep un-enrols the namespaces that are gone. Attachments of namespaces that are
+// not enrolled go the second time they are seen, for an ADD may be under way.
+func (r *reconciler) sweep() error {
+	gone, err := r.node.Sweep()
+	for _, p := range gone {
+		r.metrics.swept.Inc()
+		r.log.WithFields(logrus.Fields{fieldPod: p.Namespace + "/" + p.Name, fieldUID: p.UID, fieldCookie: p.Cookie}).Info("a network namespace is gone; its pod is un-enrolled")
+	}
+	living := map[uint64]bool{}
+	left, listErr := r.node.Pods()
+	for _, p := range left {
+		living[p.Cookie] = true
+	}
+	strays, strayErr := r.node.Strays()
+	now, again := map[uint64]struct{}{}, []uint64{}
+	r.mu.Lock()
+	for _, cookie := range strays {
+		now[cookie] = struct{}{}
+		if _, before := r.strays[cookie]; before {
+			again = append(again, cookie)
+		}
+	}
+	r.strays = now
+	maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
+	r.mu.Unlock()
+	if len(again) > 0 {
+		r.log.WithField(fieldCount, len(again)).Info("attachments of namespaces that are not enrolled are dropped")
+		strayErr = errors.Join(strayErr, r.node.DropStrays(again))
+	}
+	if err := errors.Join(err, listErr, strayErr); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,144 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/netns"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// node is the datapath as the daemon uses it: by cookies, never by a descriptor
+// that is kept.
+type node interface {
+	Pods() ([]datapath.PodInfo, error)
+	Attachments() ([]datapath.Attachment, error)
+	InForce(cookie uint64, r rules.Rules) (datapath.Force, bool, error)
+	Settle(cookie uint64) error
+	CheckPod(cookie uint64) error
+	Sweep() ([]datapath.PodInfo, error)
+	Strays() ([]uint64, error)
+	DropStrays(cookies []uint64) error
+	Stats() ([]datapath.StatInfo, error)
+	Fill() ([]datapath.Fill, error)
+	Features() datapath.Features
+
+	// Change enrolls again a namespace that is enrolled.
+	Change(cookie uint64, pod datapath.Pod) error
+	// Leave un-enrolls a living namespace.
+	Leave(cookie uint64) error
+	// Repair looks for a running pod's namespace and enrolls it.
+	Repair(uids []string, addresses []netip.Addr, pod datapath.Pod) (repaired, error)
+}
+
+// kernelNode is the real one.
+type kernelNode struct{ *datapath.Datapath }
+
+// errNotFound is returned for a namespace that no process leads to.
+var errNotFound = errors.New("no process or name leads to the pod's network namespace")
+
+// byCookie opens a living namespace for the time of a call.
+func byCookie(cookie uint64, do func(*netns.NetNS) error) error {
+	path, ok := netns.ByCookie()[cookie]
+	if !ok {
+		return errNotFound
+	}
+	ns, err := netns.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if ns.Cookie() != cookie { // the process has ended, and its number is another's
+		return errNotFound
+	}
+	return do(ns)
+}
+
+func (n kernelNode) Change(cookie uint64, pod datapath.Pod) error {
+	return byCookie(cookie, func(ns *netns.NetNS) error {
+		_, err := n.Enroll(ns, pod)
+		return err
+	})
+}
+
+func (n kernelNode) Leave(cookie uint64) error {
+	return byCookie(cookie, func(ns *netns.NetNS) error {
+		_, err := n.Unenroll(cookie, ns)
+		return err
+	})
+}
+
+// repaired says what Repair did.
+type repaired struct {
+	Cookie uint64
+	Before []netns.Connection // open before, and so outside the mesh
+	Notes  []string
+}
+
+func (n kernelNode) Repair(uids []string, addresses []netip.Addr, pod datapath.Pod) (repaired, error) {
+	ns, err := namespaceOf(uids, addresses)
+	if err != nil {
+		return repaired{}, err
+	}
+	defer ns.Close()
+	out := repaired{Cookie: ns.Cookie()}
+	before, err := ns.Connections() // while those that are captured cannot be among them
+	if err != nil {
+		out.Notes = append(out.Notes, "its open connections cannot be listed: "+err.Error())
+	}
+	e, err := n.Enroll(ns, pod)
+	if err != nil {
+		return repaired{}, err
+	}
+	out.Notes = append(out.Notes, e.Notes...)
+	if !e.Already {
+		out.Before = before
+	}
+	return out, nil
+}
+
+// namespaceOf finds a running pod's network namespace: that of a process whose
+// cgroup names the pod, which holds the pod's address and is not the machine's.
+// A process of a pod may be in a namespace of its own making.
+func namespaceOf(uids []string, addresses []netip.Addr) (*netns.NetNS, error) {
+	seen := map[uint64]bool{}
+	var errs error
+	for _, pid := range processesOf(uids) {
+		ns, err := netns.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		if !seen[ns.Inode()] && inPod(pid, uids) { // still: numbers are used again
+			seen[ns.Inode()] = true
+			err := holds(ns, addresses)
+			if err == nil {
+				return ns, nil
+			}
+			errs = errors.Join(errs, err)
+		}
+		ns.Close()
+	}
+	if errs != nil {
+		return nil, errs
+	}
+	return nil, errNotFound
+}
+
+func holds(ns *netns.NetNS, addresses []netip.Addr) error {
+	if err := ns.RefuseHost(); err != nil {
+		return fmt.Errorf("a process of the pod is not in a pod's namespace: %w", err)
+	}
+	network, err := ns.Inspect()
+	if err != nil {
+		return err
+	}
+	for _, a := range addresses {
+		if slices.Contains(network.Addresses, a) {
+			return nil
+		}
+	}
+	return fmt.Errorf("the namespace of the pod's process has %v, and the pod is said to have %v", network.Addresses, addresses)
+}

@@ -1,0 +1,243 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/sirupsen/logrus"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	typed "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/workqueue"
+
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
+	"github.com/sluice-mesh/sluice/pkg/mesh"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// task is one thing to look at: a pod by its key, or one of the node's own.
+type task string
+
+// The node's own tasks. No pod's key is without a slash.
+const (
+	taskSweep task = "sweep" // namespaces that are gone
+	taskState task = "state" // the state file
+)
+
+const (
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 30 * time.Second
+	// settleTime is how long the sweep waits after a pod is deleted: its DEL comes
+	// first, as a rule.
+	settleTime = 10 * time.Second
+	// doubtTime is how long after an ADD in doubt the pod is looked at, which the
+	// API server may have told of before the plugin was done.
+	doubtTime = 500 * time.Millisecond
+)
+
+// reconciler compares what should be with what is, in both directions.
+type reconciler struct {
+	config  Config
+	client  typed.CoreV1Interface
+	cluster *cluster
+	node    node
+	ready   *readiness
+	metrics *metrics
+	events  *events
+	log     logrus.FieldLogger
+	queue   workqueue.TypedRateLimitingInterface[task]
+
+	mu      sync.Mutex
+	state   agentapi.State
+	pods    snapshot               // what is enrolled, read a moment ago
+	applied map[uint64]rules.Rules // by cookie: the rules known to be in force
+	skipped map[types.UID]string   // pods that ADD left alone, and why
+	said    map[types.UID]said     // so that no Event comes twice
+	strays  map[uint64]struct{}    // attachments without a pod, at the last sweep
+}
+
+// said are the last words about a pod, by the Event's reason.
+type said map[string]string
+
+func newReconciler(config Config, client typed.CoreV1Interface, n node, ready *readiness, m *metrics, log logrus.FieldLogger) (*reconciler, error) {
+	r := &reconciler{
+		config: config, client: client, node: n, ready: ready, metrics: m, log: log,
+		events:  newEvents(client, config.Node),
+		queue:   workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[task](retryFirst, retryMost)),
+		applied: map[uint64]rules.Rules{}, skipped: map[types.UID]string{}, said: map[types.UID]said{}, strays: map[uint64]struct{}{},
+	}
+	var err error
+	if r.cluster, err = newCluster(client, config.Node, r.trouble); err != nil {
+		return nil, err
+	}
+	_, podErr := r.cluster.pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    r.enqueue,
+		UpdateFunc: func(_, object any) { r.enqueue(object) },
+		DeleteFunc: r.deleted,
+	})
+	_, nsErr := r.cluster.namespaces.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(any) { r.queue.Add(taskState) },
+		UpdateFunc: func(any, any) { r.queue.Add(taskState) },
+		DeleteFunc: func(any) { r.queue.Add(taskState) },
+	})
+	r.state = r.firstState()
+	r.ready.note(partAPI, "it has not answered yet")
+	return r, errors.Join(podErr, nsErr)
+}
+
+func (r *reconciler) enqueue(object any) {
+	if key, err := cache.MetaNamespaceKeyFunc(object); err == nil {
+		r.queue.Add(task(key))
+	}
+}
+
+// deleted forgets what was noted of a pod. It un-enrols nobody: that the API
+// server does not know a pod any more says nothing about its processes.
+func (r *reconciler) deleted(object any) {
+	if last, ok := object.(cache.DeletedFinalStateUnknown); ok {
+		object = last.Obj
+	}
+	if p, ok := object.(*corev1.Pod); ok {
+		r.mu.Lock()
+		delete(r.skipped, p.UID)
+		delete(r.said, p.UID)
+		r.mu.Unlock()
+	}
+	r.queue.AddAfter(taskSweep, settleTime)
+}
+
+// trouble takes what is wrong with the API server. Pods are served all the same.
+func (r *reconciler) trouble(text string) {
+	why := ""
+	if text != "" {
+		why = "it does not answer as it should, so new pods are judged by what the runtime says of them: " + text
+	}
+	r.metrics.setAPI(text == "")
+	if !r.ready.note(partAPI, why) {
+		return
+	}
+	if text != "" {
+		r.log.WithField(fieldReason, text).Warn("the API server does not answer as it should; working without it")
+	} else {
+		r.log.Info("the API server answers again")
+	}
+}
+
+// run works until the context ends.
+func (r *reconciler) run(ctx context.Context) {
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	defer r.events.close()
+	wait.Go(func() { r.cluster.run(ctx) })
+	wait.Go(r.worker)
+	stop := context.AfterFunc(ctx, r.queue.ShutDown)
+	defer stop()
+	tick := time.NewTicker(r.config.Resync)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			r.queue.ShutDown()
+			return
+		case <-tick.C:
+			r.queue.Add(taskSweep)
+			r.queue.Add(taskState)
+			for _, key := range r.cluster.pods.GetStore().ListKeys() {
+				r.queue.Add(task(key))
+			}
+		}
+	}
+}
+
+func (r *reconciler) worker() {
+	for {
+		t, shutdown := r.queue.Get()
+		if shutdown {
+			return
+		}
+		r.try(t)
+		r.queue.Done(t)
+	}
+}
+
+// try does one task. An error is for the log once, and tried again later and later.
+func (r *reconciler) try(t task) {
+	err := r.guarded(t)
+	if err == nil {
+		r.queue.Forget(t)
+		return
+	}
+	r.metrics.reconcileErrors.Inc()
+	entry := r.log.WithError(err).WithField(fieldPod, string(t))
+	if r.queue.NumRequeues(t) == 0 {
+		entry.Warn("not as it should be; trying again")
+	} else {
+		entry.Debug("still not as it should be; trying again")
+	}
+	r.queue.AddRateLimited(t)
+}
+
+// guarded turns a panic into an error: one bad pod must not end the daemon.
+func (r *reconciler) guarded(t task) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	switch t {
+	case taskSweep:
+		return r.sweep()
+	case taskState:
+		return r.writeState()
+	}
+	pod := r.cluster.get(string(t))
+	if pod == nil {
+		return nil // whatever is enrolled of it stays
+	}
+	return r.reconcile(pod)
+}
+
+// meshed says whether a pod has a sidecar of its own.
+func meshed(p *corev1.Pod) bool {
+	d, err := mesh.Judge(meshPod(p), mesh.Config{})
+	return err == nil && d.Skip == ""
+}
+
+// firstState is that of before the API server has said anything: what the last
+// daemon knew of namespaces is better than nothing.
+func (r *reconciler) firstState() agentapi.State {
+	state := agentapi.State{BPFFS: r.config.BPFFS, Mesh: r.config.Mesh, Namespaces: map[string]bool{}}
+	if before, err := agentapi.ReadState(r.config.statePath()); err == nil && before.Namespaces != nil {
+		state.Namespaces = before.Namespaces
+	}
+	return state
+}
+
+// writeState leaves what a plugin without a daemon needs.
+func (r *reconciler) writeState() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if all, ok := r.cluster.inMesh(); ok {
+		r.state.Namespaces = all
+	}
+	text, err := r.state.Encode()
+	if err != nil {
+		return err
+	}
+	path := r.config.statePath()
+	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(r.config.RunDir), renameio.WithStaticPermissions(0o600)); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+func (r *reconciler) currentState() agentapi.State {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state
+}
