@@ -380,13 +380,15 @@ func (s *Sock) read(p []byte) error {
 	return nil
 }
 
-// Eventually polls until a condition holds.
+// Eventually polls until a condition holds. It waits long, for what it waits for
+// may take processes that have to share the machine with other tests.
 func Eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(Patience)
+	const limit = 8 * Patience
+	deadline := time.Now().Add(limit)
 	for !holds() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", Patience, what)
+			t.Fatalf("not within %v: %s", limit, what)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
