@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -34,7 +35,7 @@ func newStats(c *common) *cobra.Command {
 	return newList(c, "stats", "Count connections by what became of them, and why", (*datapath.Datapath).Stats,
 		report.Rows{Head: []string{"POD", "COOKIE", "REASON", "CONNECTIONS"}, Empty: "No connection of an enrolled pod has been seen yet."},
 		func(s datapath.StatInfo) []string {
-			return []string{s.Pod, strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10)}
+			return []string{cmp.Or(s.Pod, "-"), strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10)}
 		})
 }
 
@@ -42,7 +43,7 @@ func newList[T any](c *common, name, short string, list func(*datapath.Datapath)
 	cmd := &cobra.Command{
 		Use:   name,
 		Short: short,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := c.format()
 			if err != nil {
@@ -91,7 +92,7 @@ func newCheck(c *common) *cobra.Command {
 		Short: "Say what this kernel offers, what is missing, and what follows from it",
 		Long: `check loads small programs to find out what the kernel can do; it changes
 nothing. Its exit status is 0 where Sluice works, 1 where it cannot.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := c.format()
 			if err != nil {
