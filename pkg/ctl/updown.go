@@ -167,7 +167,7 @@ direct. Where nothing is left to remove it says so and succeeds.`,
 			}
 			cmd.Printf("Sluice is down: nothing is left below %s.", c.dir)
 			if pods > 0 {
-				cmd.Printf(" Connections of the %s that had been enrolled now go direct.", count(pods, "pod"))
+				cmd.Printf(" The connections of %s that had been enrolled now go direct.", count(pods, "pod"))
 			}
 			cmd.Println()
 			return nil
