@@ -27,7 +27,7 @@ docs/benchmark.md.
 
 Client and server share one CPU, and the backends take short turns in random
 order: compare within one run, by the ratios.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.bench(cmd, opts, out) },
 	}
 	addOutput(cmd, c)
@@ -103,7 +103,7 @@ func newBenchWorker(c *common) *cobra.Command {
 		Use:    "worker",
 		Short:  "A load generator of the benchmark",
 		Hidden: true,
-		Args:   cobra.NoArgs,
+		Args:   noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return bench.Worker(id, cmd.InOrStdin(), c.env.Out)
 		},

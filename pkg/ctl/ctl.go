@@ -113,6 +113,23 @@ func newRoot(env Env) *cobra.Command {
 	return root
 }
 
+// noArgs is cobra.NoArgs with a sentence that is true of commands without
+// commands of their own.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%q is no flag, and \"%s\" takes flags only; see \"%s --help\"", args[0], cmd.CommandPath(), cmd.CommandPath())
+}
+
+// count is such as "1 pod" or "2 pods".
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
 func addOutput(cmd *cobra.Command, c *common) {
 	cmd.Flags().StringVarP(&c.output, "output", "o", "table", "output format: table, json or yaml")
 }

@@ -42,7 +42,7 @@ end, also after Ctrl-C. A Sluice that is up on this machine is not disturbed.
 The exit status is 0 only if every line is ok.`,
 		Example: `  sluicectl demo
   sluicectl demo -o json | jq '.[] | select(.ok | not)'`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := c.format()
 			if err != nil {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -54,7 +55,7 @@ are seen by "sluicectl watch", or once by "sluicectl refresh".`,
   sluicectl enroll --netns /proc/4711/ns/net --pod shop/cart-0 \
     --annotation traffic.sidecar.istio.io/excludeOutboundPorts=3306,6379
   kubectl get pod -n shop cart-0 -o yaml | sluicectl enroll --netns web --manifest -`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.enroll(cmd, f) },
 	}
 	fl := cmd.Flags()
@@ -63,19 +64,18 @@ are seen by "sluicectl watch", or once by "sluicectl refresh".`,
 	fl.StringArrayVar(&f.annotations, "annotation", nil, "KEY=VALUE; may be repeated")
 	fl.StringSliceVar(&f.uids, "proxy-uid", nil, "UID of the proxy (default 1337); may be repeated")
 	fl.StringSliceVar(&f.gids, "proxy-gid", nil, "GID of the proxy (default 1337); may be repeated")
-	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of --pod, --annotation, --proxy-uid and --proxy-gid")
+	fl.StringVar(&f.manifest, "manifest", "", "file with the pod's YAML or JSON (- is stdin), in place of --pod, --annotation, --proxy-uid, --proxy-gid, --capture, --dns and --dns-port")
 	fl.StringVar(&f.inbound, "inbound", string(datapath.InboundSKLookup), "how inbound is captured: sk_lookup, or tc for proxies that listen with MPTCP")
 	fl.StringVar(&f.tc, "tc", string(datapath.TCAuto), "how TC programs are attached: clsact (fast), tcx (a link that nobody else can remove; takes the kernel some 20 ms), or auto (tcx where TCP sockets are open already)")
 	fl.StringVar(&f.capture, "capture", string(rules.Always), "since when outbound is captured: always, or proxy-ready (direct until the proxy listens, for init containers)")
 	fl.BoolVar(&f.noGuard, "no-guard", false, "leave out the TC program that stops SYNs nobody has judged (raw sockets, for example)")
 	fl.BoolVar(&f.dns, "dns", false, "capture port 53, UDP and TCP, to the DNS proxy on 127.0.0.1 and ::1")
-	fl.Uint16Var(&f.dnsPort, "dns-port", rules.DefaultDNSPort, "port of the DNS proxy")
-	cobra.CheckErr(cmd.MarkFlagRequired("netns"))
+	fl.Uint16Var(&f.dnsPort, "dns-port", rules.DefaultDNSPort, "port of the DNS proxy, beside --dns")
 	return cmd
 }
 
 func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
-	if err := checkManifestFlags(cmd.Flags()); err != nil {
+	if err := checkFlags(cmd.Flags()); err != nil {
 		return err
 	}
 	pod, decision, err := f.parse(cmd.InOrStdin())
@@ -87,6 +87,9 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	}
 	if decision.Skip != "" {
 		cmd.Printf("Nothing was enrolled: %s.\n", decision.Skip)
+		if c.isEnrolled(f.netns) {
+			cmd.PrintErrf("sluicectl: warning: %s stays enrolled with the rules it had; \"sluicectl unenroll --netns %s\" leaves it alone\n", f.netns, f.netns)
+		}
 		return nil
 	}
 	if err := needRoot(); err != nil {
@@ -114,9 +117,9 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	if done.Listeners > 0 {
 		cmd.Printf("  The proxy was running: %d of its listeners are known.\n", done.Listeners)
 	} else if !done.Already && pod.Rules.From == rules.ProxyReady {
-		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, outbound connections go direct and inbound ones are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
-	} else if !done.Already {
-		cmd.Printf("  The proxy does not listen yet (UID %v, GID %v): until it does, connections are refused.\n", pod.Rules.ProxyUIDs, pod.Rules.ProxyGIDs)
+		cmd.Printf("  The proxy does not listen yet (%s): until it does, outbound connections go direct and inbound ones are refused.\n", proxyText(pod.Rules))
+	} else if pod.Rules.From != rules.ProxyReady {
+		cmd.Printf("  The proxy does not listen yet (%s): until it does, connections are refused.\n", proxyText(pod.Rules))
 	}
 	if done.UserNS {
 		cmd.Println("  It has a user namespace of its own: \"sluicectl rules\" shows its IDs as the machine's.")
@@ -128,6 +131,35 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 		cmd.PrintErrln("sluicectl: warning: " + note)
 	}
 	return nil
+}
+
+// isEnrolled is false also where that cannot be told: nothing is up, or the
+// caller is not root.
+func (c *common) isEnrolled(name string) bool {
+	ns, err := netns.Open(name)
+	if err != nil {
+		return false
+	}
+	defer ns.Close()
+	d, err := c.open()
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	cookies, err := d.Cookies()
+	return err == nil && slices.Contains(cookies, ns.Cookie())
+}
+
+// proxyText says who the proxy is, such as "UID 1337, GID 1337".
+func proxyText(r rules.Rules) string {
+	var texts []string
+	for _, id := range r.ProxyUIDs {
+		texts = append(texts, fmt.Sprintf("UID %d", id))
+	}
+	for _, id := range r.ProxyGIDs {
+		texts = append(texts, fmt.Sprintf("GID %d", id))
+	}
+	return strings.Join(texts, ", ")
 }
 
 // parse judges every value before anything is touched.
@@ -223,7 +255,7 @@ func newUnenroll(c *common) *cobra.Command {
 		Long: `unenroll removes the namespace's programs and entries. New connections go
 direct; captured ones that are open stay open. One that is not enrolled is no
 error. A namespace that is gone is named by its --cookie ("sluicectl pods").`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if (name == "") == (cookie == 0) {
 				return errors.New("give either --netns or --cookie")

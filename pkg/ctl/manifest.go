@@ -22,6 +22,21 @@ const maxManifest = 4 << 20
 // without effect beside --manifest, and are refused.
 var besideManifest = []string{"manifest", "netns", "bpffs", "inbound", "tc", "no-guard"}
 
+// checkFlags judges which flags are given, and refuses what would be without
+// effect.
+func checkFlags(flags *pflag.FlagSet) error {
+	if !flags.Changed("netns") {
+		return errors.New("give --netns: a name of \"ip netns list\", or a path such as /proc/PID/ns/net")
+	}
+	if err := checkManifestFlags(flags); err != nil {
+		return err
+	}
+	if flags.Changed("dns-port") && !flags.Changed("dns") {
+		return errors.New("--dns-port is without effect: give --dns too")
+	}
+	return nil
+}
+
 func checkManifestFlags(flags *pflag.FlagSet) error {
 	manifest := flags.Lookup("manifest")
 	if !manifest.Changed {

@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -14,35 +15,49 @@ import (
 )
 
 func newPods(c *common) *cobra.Command {
-	return newList(c, "pods", "List the enrolled network namespaces", (*datapath.Datapath).Pods,
+	cmd := newList(c, "pods", "List the enrolled network namespaces", (*datapath.Datapath).Pods,
 		report.Rows{Head: []string{"POD", "COOKIE", "IPV4", "IPV6", "RULES", "INBOUND", "MODE", "CAPTURE", "LISTENERS", "PROGRAMS"}, Empty: "No pod is enrolled."},
 		func(p datapath.PodInfo) []string {
 			return []string{podName(p), strconv.FormatUint(p.Cookie, 10), addrText(p.Addr4), addrText(p.Addr6),
 				ruleText(p.RulesID), string(p.Inbound), string(p.Mode), string(p.Capture), strconv.Itoa(p.Listeners), strings.Join(p.Programs, ",")}
 		})
+	cmd.Long = `pods lists what is enrolled. RULES is the name of its rule set in "sluicectl
+rules"; CAPTURE since when outbound is captured (waiting and ready: proxy-ready,
+before and after the proxy has listened); LISTENERS how many listeners on the
+proxy's two ports are known. -o json and -o yaml say more, such as the addresses
+that count as the pod's own.`
+	return cmd
 }
 
 func newRules(c *common) *cobra.Command {
-	return newList(c, "rules", "List the rule sets, as the kernel looks them up", (*datapath.Datapath).Rules,
+	cmd := newList(c, "rules", "List the rule sets, as the kernel looks them up", (*datapath.Datapath).Rules,
 		report.Rows{Head: []string{"RULES", "PODS", "KIND", "MATCH", "VERDICT"}, Empty: "No pod is enrolled, so there are no rules."},
 		func(r datapath.RuleInfo) []string {
 			return []string{ruleText(r.RulesID), strconv.Itoa(r.Pods), r.Kind, r.Match, r.Verdict}
 		})
+	cmd.Long = `rules lists ports, ranges and identities as the programs compare them; pods with
+equal rules share a set. Interfaces, which belong to one pod, are not among them.
+IDs are the machine's, also where a pod has a user namespace of its own.`
+	return cmd
 }
 
 func newStats(c *common) *cobra.Command {
-	return newList(c, "stats", "Count connections by what became of them, and why", (*datapath.Datapath).Stats,
+	cmd := newList(c, "stats", "Count connections by what became of them, and why", (*datapath.Datapath).Stats,
 		report.Rows{Head: []string{"POD", "COOKIE", "REASON", "CONNECTIONS"}, Empty: "No connection of an enrolled pod has been seen yet."},
 		func(s datapath.StatInfo) []string {
-			return []string{s.Pod, strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10)}
+			return []string{cmp.Or(s.Pod, "-"), strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10)}
 		})
+	cmd.Long = `stats counts since a pod was enrolled. docs/rules.md has the rule behind each
+reason. captured-*: given to the proxy; direct-*: let go; refused-*, guard-*:
+stopped. An outbound connection that finds no proxy is counted as captured.`
+	return cmd
 }
 
 func newList[T any](c *common, name, short string, list func(*datapath.Datapath) ([]T, error), rows report.Rows, line func(T) []string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   name,
 		Short: short,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := c.format()
 			if err != nil {
@@ -91,7 +106,7 @@ func newCheck(c *common) *cobra.Command {
 		Short: "Say what this kernel offers, what is missing, and what follows from it",
 		Long: `check loads small programs to find out what the kernel can do; it changes
 nothing. Its exit status is 0 where Sluice works, 1 where it cannot.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := c.format()
 			if err != nil {

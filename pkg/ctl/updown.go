@@ -29,7 +29,7 @@ connections open.
 A namespace is captured only once it is enrolled: see "sluicectl enroll --help".`,
 		Example: `  sluicectl up
   sluicectl up --cgroup /sys/fs/cgroup/test --bpffs /tmp/bpf/sluice`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			opts.Dir, opts.Log = c.dir, c.log()
 			return c.up(cmd, opts)
@@ -40,8 +40,8 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
 	f.StringVar(&opts.SockoptCgroup, "sockopt-cgroup", "", "cgroup2 directory of the getsockopt program, which every getsockopt() below it pays for; all proxies must be below it (default: the --cgroup)")
 	f.Uint32Var(&opts.Handshakes, "handshakes", 0, "size of the handshakes table, at the first start (default 65536)")
 	f.Uint32Var(&opts.Targets, "targets", 0, "size of the address books together, at the first start (default 262144)")
-	f.Uint32Var(&opts.TargetShare, "target-share", 0, "how many destinations one pod's may hold (default: a sixteenth)")
-	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many of them one pod may hold (default: a quarter)")
+	f.Uint32Var(&opts.TargetShare, "target-share", 0, "how many destinations one pod's address book may hold (default: a sixteenth)")
+	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many handshakes one pod may hold (default: a quarter)")
 	return cmd
 }
 
@@ -77,7 +77,7 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	if err != nil {
 		return err
 	}
-	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %d pods enrolled.\n", opts.Cgroup, c.dir, len(pods))
+	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %s enrolled.\n", opts.Cgroup, c.dir, count(len(pods), "pod"))
 	return nil
 }
 
@@ -151,7 +151,7 @@ func newDown(c *common) *cobra.Command {
 		Long: `down detaches every program and removes every map and pin below --bpffs.
 Pods that were enrolled are not captured any more: their new connections go
 direct. Where nothing is left to remove it says so and succeeds.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := needRoot(); err != nil {
 				return err
@@ -165,7 +165,11 @@ direct. Where nothing is left to remove it says so and succeeds.`,
 				cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
 				return nil
 			}
-			cmd.Printf("Sluice is down: nothing is left below %s. %d pods were enrolled; their connections now go direct.\n", c.dir, pods)
+			cmd.Printf("Sluice is down: nothing is left below %s.", c.dir)
+			if pods > 0 {
+				cmd.Printf(" The connections of %s that had been enrolled now go direct.", count(pods, "pod"))
+			}
+			cmd.Println()
 			return nil
 		},
 	}

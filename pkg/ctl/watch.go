@@ -23,7 +23,7 @@ which routes lead through an excluded interface and which interfaces need a
 guard is read from the namespace at enrolment; watch follows every change within
 a moment, says so, and finds pods that are enrolled later. Ended, it leaves
 everything as it is.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			d, err := c.open()
 			if err != nil {
@@ -55,7 +55,7 @@ func newRefresh(c *common) *cobra.Command {
 		Long: `refresh reads addresses, routes and interfaces of an enrolled namespace, or of
 all, corrects what differs and says what that was. Where "sluicectl watch" runs
 there is nothing left to correct.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if (name == "") != all {
 				return errors.New("give either --netns or --all")
@@ -68,7 +68,7 @@ there is nothing left to correct.`,
 			if all {
 				return refreshAll(cmd, d)
 			}
-			return refreshOne(cmd, d, name)
+			return refreshOne(cmd, d, name, name)
 		},
 	}
 	cmd.Flags().StringVar(&name, "netns", "", "network namespace: a name of \"ip netns list\", or a path")
@@ -81,6 +81,9 @@ func refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
 	if err != nil {
 		return err
 	}
+	if len(cookies) == 0 {
+		cmd.Println("No pod is enrolled.")
+	}
 	paths := netns.ByCookie()
 	var errs error
 	for _, cookie := range cookies {
@@ -89,13 +92,14 @@ func refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
 			cmd.PrintErrf("sluicectl: warning: the namespace with cookie %d is not to be found; if it is gone, \"sluicectl unenroll --cookie %d\" forgets it\n", cookie, cookie)
 			continue
 		}
-		errs = errors.Join(errs, refreshOne(cmd, d, path))
+		errs = errors.Join(errs, refreshOne(cmd, d, path, fmt.Sprintf("cookie %d", cookie)))
 	}
 	return errs
 }
 
-func refreshOne(cmd *cobra.Command, d *datapath.Datapath, name string) error {
-	ns, err := netns.Open(name)
+// refreshOne shows a namespace without a pod's name as the caller calls it.
+func refreshOne(cmd *cobra.Command, d *datapath.Datapath, path, name string) error {
+	ns, err := netns.Open(path)
 	if err != nil {
 		return err
 	}

@@ -45,7 +45,7 @@ type RuleInfo struct {
 // StatInfo is a count of connections.
 type StatInfo struct {
 	Cookie uint64 `json:"cookie"`
-	Pod    string `json:"pod"`
+	Pod    string `json:"pod"` // NAMESPACE/NAME, or empty
 	Reason string `json:"reason"`
 	Count  uint64 `json:"count"`
 }
@@ -183,7 +183,9 @@ func (d *Datapath) Stats() ([]StatInfo, error) {
 	}
 	names := map[uint64]string{}
 	for _, p := range pods {
-		names[p.Cookie] = p.Namespace + "/" + p.Name
+		if p.Name != "" {
+			names[p.Cookie] = p.Namespace + "/" + p.Name
+		}
 	}
 	out := []StatInfo{}
 	err = each(d.maps["stats"], func(k connectStatKey, perCPU []uint64) {

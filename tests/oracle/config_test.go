@@ -108,10 +108,6 @@ type gap struct {
 	probe  func(config, probe) bool
 }
 
-func isUDPDNS(c config, p probe) bool {
-	return c.Rules.DNS && p.UDP && (p.To.Port() == portDNS || p.Then.Port() == portDNS)
-}
-
 // missing names what Sluice lacks for a configuration; empty: nothing.
 func missing(c config) string {
 	for name, what := range notYet {

@@ -46,6 +46,10 @@ func TestWatchSaysWhatItFollowsAndEndsByASignal(t *testing.T) {
 	})
 	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), pod.Fd())
 	sluicectl(t, "up", "--bpffs", dir, "--cgroup", kit.Cgroup(t))
+	sluicectl(t, "enroll", "--bpffs", dir, "--netns", path)
+	if got, want := sluicectl(t, "refresh", "--bpffs", dir, "--all"), fmt.Sprintf("cookie %d is current.\n", pod.Cookie()); got != want {
+		t.Errorf("refresh --all of a pod without a name says %q, want %q", got, want)
+	}
 	sluicectl(t, "enroll", "--bpffs", dir, "--netns", path, "--pod", "shop/cart-0")
 
 	pod.AddAddr("eth0", netip.MustParsePrefix("10.94.0.2/32"))
