@@ -51,14 +51,14 @@ func run(m *testing.M) int {
 // node is one node: a datapath, a place for the daemon's socket and state, and a
 // directory with the plugin.
 type node struct {
-	t         testing.TB
-	d         *datapath.Datapath
-	dir, conf string // files; the conflist's text
-	socket    string
-	state     string
-	log       string
-	bpffs     string
-	libcni    *libcni.CNIConfig
+	t      testing.TB
+	d      *datapath.Datapath
+	dir    string
+	socket string
+	state  string
+	log    string
+	bpffs  string
+	libcni *libcni.CNIConfig
 
 	mu   sync.Mutex
 	seen []agentapi.Request
