@@ -26,6 +26,7 @@ func istioRules(r rules.Rules, v6 bool, omit string) string {
 	i.table("nat", "ISTIO_INBOUND", "ISTIO_REDIRECT", "ISTIO_IN_REDIRECT", "ISTIO_OUTPUT", "ISTIO_OUTPUT_DNS")
 	i.add("", "-A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.OutboundPort)
 	i.add("", "-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.InboundPort)
+	i.rerouted()
 	i.inbound()
 	for _, name := range r.ExcludeInterfaces {
 		i.add("O0", "-A OUTPUT -o %s -j RETURN", name)
@@ -62,6 +63,25 @@ func (i *iptables) table(name string, chains ...string) {
 }
 
 func (i *iptables) commit() { i.add("", "COMMIT") }
+
+// rerouted are the lines that Istio inserts above all others, the redirects last.
+func (i *iptables) rerouted() {
+	to := []string{""}
+	if !i.IncludeOutboundCIDRs.All {
+		to = nil
+	}
+	for _, prefix := range i.ofFamily(i.IncludeOutboundCIDRs.List) {
+		to = append(to, fmt.Sprintf(" -d %s", prefix))
+	}
+	for _, dst := range to {
+		for _, name := range i.RerouteInterfaces {
+			i.add("P0", "-A PREROUTING -i %s%s -j ISTIO_REDIRECT", name, dst)
+		}
+	}
+	for _, name := range i.RerouteInterfaces {
+		i.add("P0 RETURN", "-A PREROUTING -i %s -j RETURN", name)
+	}
+}
 
 func (i *iptables) inbound() {
 	for _, name := range i.ExcludeInterfaces {

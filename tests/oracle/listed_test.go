@@ -1,6 +1,7 @@
 package oracle
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -29,12 +30,15 @@ var listed = []struct {
 	{"bound-loopback", boundLoopback},
 	{"loop", loop},
 	{"device", device},
+	{"forwarded", forwarded},
 	{"in-name", inName},
 	{"in-15001", inOutboundPort},
+	{"rerouted-name", reroutedName},
 	{"own-port", ownPort},
 	{"shown-source", shownSource},
 	{"names", names},
 	{"both-loopback", bothLoopback},
+	{"both-rerouted", bothRerouted},
 	{"dns-source", dnsSource},
 }
 
@@ -164,6 +168,20 @@ func device(x *comparison) {
 	x.want.Result = "ENETUNREACH"
 }
 
+// forwarded: what goes through the pod to somebody else passes by Sluice.
+func forwarded(x *comparison) {
+	through := concat(farAll, machine)
+	if x.both || x.From == inPod || x.want.By != "proxy:in" || !slices.Contains(through, x.To.Addr()) {
+		return
+	}
+	results, by := plainly(x.Families, x.probe, x.To)
+	if by == "" {
+		x.want = outcome{Result: results[0]}
+		return
+	}
+	x.want.By, x.want.ByName, x.want.OrigDst = by, x.To.String(), "ENOENT"
+}
+
 func inName(x *comparison) {
 	if x.both || x.From == inPod || x.want.By != "proxy:in" {
 		return
@@ -179,8 +197,39 @@ func inOutboundPort(x *comparison) {
 }
 
 func ownPort(x *comparison) {
-	if x.want.By == "proxy:out" && !x.UDP && !x.captured() {
+	if x.want.By == "proxy:out" && !x.UDP && !x.captured() && !x.rerouted() {
 		x.want.OrigDst = "ENOENT"
+	}
+}
+
+// rerouted: from a machine behind the pod, by the proxy in place of who was called.
+func (x *comparison) rerouted() bool {
+	by := map[place]string{inVM: "vm0", inOther: "net1", inFar: "eth0"}[x.From]
+	r := x.Rules
+	return !x.UDP && slices.Contains(r.RerouteInterfaces, by) && (r.IncludeOutboundCIDRs.All || holds(r.IncludeOutboundCIDRs.List, x.To.Addr()))
+}
+
+func holds(list []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// reroutedName: the proxy's own end of a machine's connection.
+func reroutedName(x *comparison) {
+	if x.rerouted() && x.want.By == "proxy:out" {
+		x.want.ByName = fmt.Sprint("booked:", x.Rules.OutboundPort)
+	}
+}
+
+// bothRerouted: Istio's P0 line takes what Sluice has sent to an address of the
+// book, and redirects it to one that Sluice does not know.
+func bothRerouted(x *comparison) {
+	book := netip.MustParseAddr("127.192.0.1")
+	if x.To.Addr().Is6() {
+		book = netip.MustParseAddr("fd73:6c75:6963:6500::1")
+	}
+	r := x.Rules.IncludeOutboundCIDRs
+	if x.both && x.rerouted() && x.want.By == "proxy:out" && (r.All || holds(r.List, book)) {
+		x.want = outcome{Result: "ECONNREFUSED"}
 	}
 }
 
