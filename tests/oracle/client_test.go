@@ -139,6 +139,12 @@ func (c *client) open() (err error) {
 	if err == nil && c.Device != "" {
 		err = unix.BindToDevice(c.fd, c.Device)
 	}
+	if err == nil && c.ForClient {
+		err = makeTransparent(c.fd, c.family())
+	}
+	if err == nil && c.Mark != 0 {
+		err = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_MARK, c.Mark)
+	}
 	if err == nil && c.Source.IsValid() {
 		err = unix.Bind(c.fd, sockaddr(c.family(), netip.AddrPortFrom(c.Source, 0)))
 	}

@@ -39,6 +39,11 @@ func istioRules(r rules.Rules, v6 bool, omit string) string {
 		i.zones()
 	}
 	i.commit()
+	i.table("mangle", "ISTIO_INBOUND", "ISTIO_DIVERT", "ISTIO_TPROXY")
+	if r.Mode == rules.TProxy {
+		i.mangle()
+	}
+	i.commit()
 	return strings.Join(i.lines, "\n") + "\n"
 }
 
@@ -49,10 +54,11 @@ func (i *iptables) add(name, format string, args ...any) {
 }
 
 func (i *iptables) table(name string, chains ...string) {
-	builtin := []string{"PREROUTING", "OUTPUT"}
-	if name == "nat" {
-		builtin = []string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"}
-	}
+	builtin := map[string][]string{
+		"raw":    {"PREROUTING", "OUTPUT"},
+		"nat":    {"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"},
+		"mangle": {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"},
+	}[name]
 	i.add("", "*%s", name)
 	for _, chain := range builtin {
 		i.add("", ":%s ACCEPT [0:0]", chain)
@@ -87,7 +93,7 @@ func (i *iptables) inbound() {
 	for _, name := range i.ExcludeInterfaces {
 		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
 	}
-	if !i.IncludeInboundPorts.All && len(i.IncludeInboundPorts.List) == 0 {
+	if i.Mode == rules.TProxy || !i.capturesInbound() {
 		return
 	}
 	i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
@@ -102,6 +108,10 @@ func (i *iptables) inbound() {
 		i.add("I2", "-A ISTIO_INBOUND -p tcp --dport %d -j RETURN", port)
 	}
 	i.add("I3", "-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT")
+}
+
+func (i *iptables) capturesInbound() bool {
+	return i.IncludeInboundPorts.All || len(i.IncludeInboundPorts.List) > 0
 }
 
 // loopback and source are the addresses that the family has for these.

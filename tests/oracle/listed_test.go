@@ -32,6 +32,9 @@ var listed = []struct {
 	{"device", device},
 	{"forwarded", forwarded},
 	{"in-name", inName},
+	{"tproxy-hbone", tproxyHBONE},
+	{"tproxy-unmarked", tproxyUnmarked},
+	{"tproxy-self-name", tproxySelfName},
 	{"in-15001", inOutboundPort},
 	{"rerouted-name", reroutedName},
 	{"own-port", ownPort},
@@ -66,15 +69,15 @@ func judge(c config, p probe, both bool, iptables, got outcome) (ok bool, want o
 	return x.got.equal(x.want), x.want, ids
 }
 
-func (x *comparison) toLocal() bool {
-	a := x.To.Addr()
-	return a.IsLoopback() || a.IsUnspecified() || slices.Contains(own, a) || a == lo[4]
-}
+func (x *comparison) toLocal() bool { return isLocal(x.To.Addr()) }
 
 // captured: from the pod, by the proxy in place of who was called.
 func (x *comparison) captured() bool {
 	if x.From != inPod || x.UDP || !strings.HasPrefix(x.want.By, "proxy:") {
 		return false
+	}
+	if x.byTProxy() && x.want.By == "proxy:in" {
+		return x.To.Port() != x.Rules.InboundPort
 	}
 	// A captured call of 127.0.0.1:15001 itself cannot be told by the addresses.
 	return x.want.Peer != x.want.ByName || strings.HasPrefix(x.got.ByName, "booked:")
@@ -139,22 +142,22 @@ func boundLoopback(x *comparison) {
 // loop: the proxy, or who calls from its source, calls its own ports. (With lo
 // excluded, nothing that goes there is looked at.)
 func loop(x *comparison) {
-	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") {
+	forClient := x.byTProxy() && (x.ForClient || x.Mark == clientMark)
+	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") && !forClient {
 		return
 	}
 	port := x.To.Port()
 	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort {
 		return
 	}
-	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+	if slices.Contains(x.Rules.ExcludeOutboundPorts, port) && !forClient {
 		return // direct, before who calls is asked
 	}
 	source := x.Source
 	if !source.IsValid() && x.To.Addr() == lo[4] {
 		source = lo[4] // the kernel's choice
 	}
-	isProxy := slices.Contains(x.Rules.ProxyUIDs, uint32(x.ID.UID)) || slices.Contains(x.Rules.ProxyGIDs, uint32(x.ID.GID))
-	if !isProxy && source != lo[2] && source != lo[4] {
+	if !x.isProxy(x.ID) && source != lo[2] && source != lo[4] {
 		return
 	}
 	x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
@@ -187,6 +190,39 @@ func inName(x *comparison) {
 		return
 	}
 	x.want.ByName = x.To.String()
+}
+
+// tproxyHBONE: Istio's line for the tunnel's port is in a chain that TPROXY mode
+// does not come by.
+func tproxyHBONE(x *comparison) {
+	if !x.byTProxy() || x.To.Port() != portHBONE || x.want.By != "proxy:in" {
+		return
+	}
+	x.want.By = "pod:15008"
+}
+
+// tproxyUnmarked: a call for a client without the mark, or of a loopback address,
+// gets no answer by Istio's marks. Sluice marks it itself.
+func tproxyUnmarked(x *comparison) {
+	if !x.ForClient || x.want.Result != "timed out" {
+		return
+	}
+	marked := x.probe
+	marked.MayVanish = false
+	results, by := plainly(x.Families, marked, x.To)
+	x.want = outcome{Result: results[0]}
+	if by != "" {
+		client := x.Source.String() + " p"
+		x.want = outcome{Result: results[0], Name: client, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: client, OrigDst: x.To.String()}
+	}
+}
+
+// tproxySelfName: in TPROXY mode the proxy sees of its own pod's calls too where
+// they went.
+func tproxySelfName(x *comparison) {
+	if x.byTProxy() && x.From == inPod && x.want.By == "proxy:in" && x.captured() {
+		x.want.ByName = x.To.String()
+	}
 }
 
 func inOutboundPort(x *comparison) {

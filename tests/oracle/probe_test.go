@@ -30,11 +30,20 @@ type probe struct {
 	Mapped    bool           // an AF_INET6 socket to an IPv4 address
 	UDP       bool
 	Sendto    bool // UDP: sendto() without connect()
+	ForClient bool // the source is not the pod's: IP_TRANSPARENT
+	Mark      int  // SO_MARK, if not 0
 	MayVanish bool // may time out; then it is waited for less
 }
 
 func (p probe) family() int {
-	if p.Mapped || p.To.Addr().Is6() {
+	if p.Mapped {
+		return unix.AF_INET6
+	}
+	return family(p.To.Addr())
+}
+
+func family(a netip.Addr) int {
+	if a.Is6() {
 		return unix.AF_INET6
 	}
 	return unix.AF_INET
@@ -50,6 +59,9 @@ func (p probe) String() string {
 	}
 	if p.Device != "" {
 		text += " by " + p.Device
+	}
+	if p.Mark != 0 {
+		text += fmt.Sprint(" mark ", p.Mark)
 	}
 	if p.Mapped {
 		text += " v4-mapped"
@@ -139,7 +151,7 @@ var (
 
 // probes is every probe of a configuration. Slow ones, which may wait for an
 // answer that does not come, only if asked.
-func probes(f families, slow bool) []probe {
+func probes(c config, slow bool) []probe {
 	var all []probe
 	all = append(all, tcpOut()...)
 	all = append(all, tcpEdges()...)
@@ -147,12 +159,15 @@ func probes(f families, slow bool) []probe {
 	all = append(all, inbound()...)
 	all = append(all, throughPod()...)
 	all = append(all, twice()...)
+	if c.byTProxy() && c.isProxy(kit.TProxy) {
+		all = append(all, forClients()...)
+	}
 	if slow {
 		all = append(all, vanishing()...)
 	}
 	var out []probe
 	for _, p := range all {
-		if p.possible(f) {
+		if p.possible(c.Families) {
 			out = append(out, p)
 		}
 	}
@@ -165,7 +180,7 @@ func (p probe) possible(f families) bool {
 		return true
 	}
 	has := p.To.Addr().Is4() == (f == only4)
-	return has || p.From == inPod && !p.Source.IsValid() && p.Device == ""
+	return has || p.From == inPod && p.Mark == 0 && !p.Source.IsValid() && p.Device == ""
 }
 
 func tcpOut() (out []probe) {

@@ -60,7 +60,7 @@ func draw(seed uint64) config {
 		r.ExcludeInterfaces = some(d, 2, []string{"eth0", "net1", "vm0", "lo", "nosuch0"})
 	}
 	if d.chance(30) {
-		r.RerouteInterfaces = slices.DeleteFunc(some(d, 2, []string{"vm0", "vm0", "net1", "nosuch1"}), func(name string) bool {
+		r.RerouteInterfaces = slices.DeleteFunc(some(d, 2, []string{"vm0", "nosuch1"}), func(name string) bool {
 			return slices.Contains(r.ExcludeInterfaces, name)
 		})
 	}

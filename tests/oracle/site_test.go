@@ -174,6 +174,13 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, s.forgetConnections()) }()
+		if c.byTProxy() {
+			remove, err := wayBack(s.pod)
+			if err != nil {
+				return nil, err
+			}
+			defer func() { err = errors.Join(err, remove()) }()
+		}
 	}
 	if s.sluice {
 		if _, err := s.datapath.Enroll(s.pod.NetNS, datapath.Pod{Namespace: "oracle", Name: s.String(), Rules: r, Inbound: c.Inbound}); err != nil {
@@ -192,6 +199,11 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 			proxy = append(proxy, fds...)
 			if err != nil {
 				return nil, err
+			}
+			if c.byTProxy() && port == r.InboundPort {
+				if err := makeTransparent(fds[0], family(any)); err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
