@@ -139,6 +139,12 @@ func (c *client) open() (err error) {
 	if err == nil && c.Device != "" {
 		err = unix.BindToDevice(c.fd, c.Device)
 	}
+	if err == nil && c.ForClient {
+		err = makeTransparent(c.fd, c.family())
+	}
+	if err == nil && c.Mark != 0 {
+		err = unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_MARK, c.Mark)
+	}
 	if err == nil && c.Source.IsValid() {
 		err = unix.Bind(c.fd, sockaddr(c.family(), netip.AddrPortFrom(c.Source, 0)))
 	}
@@ -229,7 +235,7 @@ func await(clients []*client) error {
 func (c *client) proceed(end bool) {
 	if !c.linked && !c.UDP {
 		if e, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_ERROR); err != nil || e != 0 {
-			c.fail(errno(errors.Join(err, unix.Errno(e))))
+			c.fail(c.later(errno(errors.Join(err, unix.Errno(e)))))
 			return
 		}
 		c.linked, c.until = true, time.Now().Add(patience) // the answer does come
@@ -256,6 +262,15 @@ func (c *client) proceed(end bool) {
 	if end {
 		c.end()
 	}
+}
+
+// later is what an error is called that comes while an answer is waited for. That
+// nobody answers ARP is said after about as long as a probe waits that may vanish.
+func (c *client) later(errno string) string {
+	if c.MayVanish && errno == "EHOSTUNREACH" {
+		return "timed out"
+	}
+	return errno
 }
 
 func (c *client) finish(from unix.Sockaddr) {
@@ -298,7 +313,7 @@ func unnumbered(text string) string {
 	if err != nil {
 		return text
 	}
-	for kind, prefix := range map[string]string{"booked": "127.192.0.0/10", "announced": "127.128.0.0/10"} {
+	for prefix, kind := range map[string]string{"127.192.0.0/10": "booked", "fd73:6c75:6963:6500::/96": "booked", "127.128.0.0/10": "announced"} {
 		if netip.MustParsePrefix(prefix).Contains(ap.Addr()) {
 			return fmt.Sprintf("%s:%d", kind, ap.Port())
 		}

@@ -2,6 +2,8 @@ package oracle
 
 import (
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -58,8 +60,8 @@ func (r report) String() string {
 // compare tries a configuration with iptables, with Sluice, and with both.
 func (l *lab) compare(q request) (report, error) {
 	var all []probe
-	for _, p := range probes(q.Families, q.slow) {
-		if possible(q.config, p) {
+	for _, p := range probes(q.config, q.slow) {
+		if !q.byTProxy() || p.From == inPod || p.toPod() {
 			all = append(all, p)
 		}
 	}
@@ -82,6 +84,9 @@ func (l *lab) compare(q request) (report, error) {
 	}
 	for i, s := range sites[1:] {
 		for _, p := range all {
+			if !s.runs(q.config, p) {
+				continue
+			}
 			iptables, got := results[0][p], results[i+1][p]
 			ok, want := l.judge(s, normal, p, iptables, got)
 			if !ok {
@@ -112,7 +117,7 @@ func tryAll(sites []*site, q request, all []probe) ([]map[probe]outcome, error) 
 	var work sync.WaitGroup
 	for i, s := range sites {
 		work.Go(func() {
-			if results[i], errs[i] = s.try(q.config, q.omit, all); errs[i] != nil {
+			if results[i], errs[i] = s.try(q.config, q.omit, s.only(q.config, all)); errs[i] != nil {
 				errs[i] = fmt.Errorf("%s: %w", s, errs[i])
 			}
 		})
@@ -126,14 +131,29 @@ func tryAll(sites []*site, q request, all []probe) ([]map[probe]outcome, error) 
 	return results, nil
 }
 
-// possible: what Sluice cannot do yet is not probed.
-func possible(c config, p probe) bool {
-	for _, what := range notYet {
-		if what.probe != nil && what.probe(c, p) {
-			return false
+// only are the probes that are run in this site.
+func (s *site) only(c config, all []probe) (out []probe) {
+	for _, p := range all {
+		if s.runs(c, p) {
+			out = append(out, p)
 		}
 	}
-	return true
+	return out
+}
+
+// runs: in TPROXY mode two ways back are in each other's way (the difference
+// "both-tproxy"); what the pod sends to others is tried all the same.
+func (s *site) runs(c config, p probe) bool {
+	return !c.byTProxy() || !s.sluice || s.iptables == "" || p.From == inPod && !p.toPod()
+}
+
+// toPod: an address of the pod is called, or both are.
+func (p probe) toPod() bool {
+	return isLocal(p.To.Addr()) || p.Then.IsValid() && isLocal(p.Then.Addr())
+}
+
+func isLocal(a netip.Addr) bool {
+	return a.IsLoopback() || a.IsUnspecified() || slices.Contains(own, a) || slices.Contains(inner, a) || a == lo[4]
 }
 
 // sameButPorts compares two backends of iptables. Which client finds its port

@@ -26,6 +26,7 @@ func istioRules(r rules.Rules, v6 bool, omit string) string {
 	i.table("nat", "ISTIO_INBOUND", "ISTIO_REDIRECT", "ISTIO_IN_REDIRECT", "ISTIO_OUTPUT", "ISTIO_OUTPUT_DNS")
 	i.add("", "-A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.OutboundPort)
 	i.add("", "-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.InboundPort)
+	i.rerouted()
 	i.inbound()
 	for _, name := range r.ExcludeInterfaces {
 		i.add("O0", "-A OUTPUT -o %s -j RETURN", name)
@@ -38,6 +39,11 @@ func istioRules(r rules.Rules, v6 bool, omit string) string {
 		i.zones()
 	}
 	i.commit()
+	i.table("mangle", "ISTIO_INBOUND", "ISTIO_DIVERT", "ISTIO_TPROXY")
+	if r.Mode == rules.TProxy {
+		i.mangle()
+	}
+	i.commit()
 	return strings.Join(i.lines, "\n") + "\n"
 }
 
@@ -48,10 +54,11 @@ func (i *iptables) add(name, format string, args ...any) {
 }
 
 func (i *iptables) table(name string, chains ...string) {
-	builtin := []string{"PREROUTING", "OUTPUT"}
-	if name == "nat" {
-		builtin = []string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"}
-	}
+	builtin := map[string][]string{
+		"raw":    {"PREROUTING", "OUTPUT"},
+		"nat":    {"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"},
+		"mangle": {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"},
+	}[name]
 	i.add("", "*%s", name)
 	for _, chain := range builtin {
 		i.add("", ":%s ACCEPT [0:0]", chain)
@@ -63,12 +70,34 @@ func (i *iptables) table(name string, chains ...string) {
 
 func (i *iptables) commit() { i.add("", "COMMIT") }
 
+// rerouted are the lines that Istio inserts above all others, the redirects last.
+func (i *iptables) rerouted() {
+	to := []string{""}
+	if !i.IncludeOutboundCIDRs.All {
+		to = nil
+	}
+	for _, prefix := range i.ofFamily(i.IncludeOutboundCIDRs.List) {
+		to = append(to, fmt.Sprintf(" -d %s", prefix))
+	}
+	for _, dst := range to {
+		for _, name := range i.RerouteInterfaces {
+			i.add("P0", "-A PREROUTING -i %s%s -j ISTIO_REDIRECT", name, dst)
+		}
+	}
+	for _, name := range i.RerouteInterfaces {
+		i.add("P0 RETURN", "-A PREROUTING -i %s -j RETURN", name)
+	}
+}
+
 func (i *iptables) inbound() {
 	for _, name := range i.ExcludeInterfaces {
 		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
 	}
+	if i.Mode == rules.TProxy {
+		return
+	}
 	i.add("I1", "-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN")
-	if !i.IncludeInboundPorts.All && len(i.IncludeInboundPorts.List) == 0 {
+	if !i.capturesInbound() {
 		return
 	}
 	i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
@@ -82,6 +111,10 @@ func (i *iptables) inbound() {
 		i.add("I2", "-A ISTIO_INBOUND -p tcp --dport %d -j RETURN", port)
 	}
 	i.add("I3", "-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT")
+}
+
+func (i *iptables) capturesInbound() bool {
+	return i.IncludeInboundPorts.All || len(i.IncludeInboundPorts.List) > 0
 }
 
 // loopback and source are the addresses that the family has for these.

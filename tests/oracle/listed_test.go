@@ -1,6 +1,7 @@
 package oracle
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -29,12 +30,18 @@ var listed = []struct {
 	{"bound-loopback", boundLoopback},
 	{"loop", loop},
 	{"device", device},
+	{"forwarded", forwarded},
 	{"in-name", inName},
+	{"tproxy-hbone", tproxyHBONE},
+	{"tproxy-unmarked", tproxyUnmarked},
+	{"tproxy-self-name", tproxySelfName},
 	{"in-15001", inOutboundPort},
+	{"rerouted-name", reroutedName},
 	{"own-port", ownPort},
 	{"shown-source", shownSource},
 	{"names", names},
 	{"both-loopback", bothLoopback},
+	{"both-rerouted", bothRerouted},
 	{"dns-source", dnsSource},
 }
 
@@ -62,15 +69,15 @@ func judge(c config, p probe, both bool, iptables, got outcome) (ok bool, want o
 	return x.got.equal(x.want), x.want, ids
 }
 
-func (x *comparison) toLocal() bool {
-	a := x.To.Addr()
-	return a.IsLoopback() || a.IsUnspecified() || slices.Contains(own, a) || a == lo[4]
-}
+func (x *comparison) toLocal() bool { return isLocal(x.To.Addr()) }
 
 // captured: from the pod, by the proxy in place of who was called.
 func (x *comparison) captured() bool {
 	if x.From != inPod || x.UDP || !strings.HasPrefix(x.want.By, "proxy:") {
 		return false
+	}
+	if x.byTProxy() && x.want.By == "proxy:in" {
+		return x.To.Port() != x.Rules.InboundPort
 	}
 	// A captured call of 127.0.0.1:15001 itself cannot be told by the addresses.
 	return x.want.Peer != x.want.ByName || strings.HasPrefix(x.got.ByName, "booked:")
@@ -135,22 +142,22 @@ func boundLoopback(x *comparison) {
 // loop: the proxy, or who calls from its source, calls its own ports. (With lo
 // excluded, nothing that goes there is looked at.)
 func loop(x *comparison) {
-	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") {
+	forClient := x.byTProxy() && (x.ForClient || x.Mark == clientMark)
+	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") && !forClient {
 		return
 	}
 	port := x.To.Port()
 	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort {
 		return
 	}
-	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") || slices.Contains(x.Rules.ExcludeOutboundPorts, port) {
+	if slices.Contains(x.Rules.ExcludeOutboundPorts, port) && !forClient {
 		return // direct, before who calls is asked
 	}
 	source := x.Source
 	if !source.IsValid() && x.To.Addr() == lo[4] {
 		source = lo[4] // the kernel's choice
 	}
-	isProxy := slices.Contains(x.Rules.ProxyUIDs, uint32(x.ID.UID)) || slices.Contains(x.Rules.ProxyGIDs, uint32(x.ID.GID))
-	if !isProxy && source != lo[2] && source != lo[4] {
+	if !x.isProxy(x.ID) && source != lo[2] && source != lo[4] {
 		return
 	}
 	x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
@@ -164,11 +171,58 @@ func device(x *comparison) {
 	x.want.Result = "ENETUNREACH"
 }
 
+// forwarded: what goes through the pod to somebody else passes by Sluice.
+func forwarded(x *comparison) {
+	through := concat(farAll, machine)
+	if x.both || x.From == inPod || x.want.By != "proxy:in" || !slices.Contains(through, x.To.Addr()) {
+		return
+	}
+	results, by := plainly(x.Families, x.probe, x.To)
+	if by == "" {
+		x.want = outcome{Result: results[0]}
+		return
+	}
+	x.want.By, x.want.ByName, x.want.OrigDst = by, x.To.String(), "ENOENT"
+}
+
 func inName(x *comparison) {
 	if x.both || x.From == inPod || x.want.By != "proxy:in" {
 		return
 	}
 	x.want.ByName = x.To.String()
+}
+
+// tproxyHBONE: Istio's line for the tunnel's port is in a chain that TPROXY mode
+// does not come by.
+func tproxyHBONE(x *comparison) {
+	if !x.byTProxy() || x.To.Port() != portHBONE || x.want.By != "proxy:in" {
+		return
+	}
+	x.want.By = "pod:15008"
+}
+
+// tproxyUnmarked: a call for a client without the mark, or of a loopback address,
+// gets no answer by Istio's marks. Sluice marks it itself.
+func tproxyUnmarked(x *comparison) {
+	if !x.ForClient || x.want.Result != "timed out" {
+		return
+	}
+	marked := x.probe
+	marked.MayVanish = false
+	results, by := plainly(x.Families, marked, x.To)
+	x.want = outcome{Result: results[0]}
+	if by != "" {
+		client := x.Source.String() + " p"
+		x.want = outcome{Result: results[0], Name: client, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: client, OrigDst: x.To.String()}
+	}
+}
+
+// tproxySelfName: in TPROXY mode the proxy sees of its own pod's calls too where
+// they went.
+func tproxySelfName(x *comparison) {
+	if x.byTProxy() && x.From == inPod && x.want.By == "proxy:in" && x.captured() {
+		x.want.ByName = x.To.String()
+	}
 }
 
 func inOutboundPort(x *comparison) {
@@ -179,8 +233,39 @@ func inOutboundPort(x *comparison) {
 }
 
 func ownPort(x *comparison) {
-	if x.want.By == "proxy:out" && !x.UDP && !x.captured() {
+	if x.want.By == "proxy:out" && !x.UDP && !x.captured() && !x.rerouted() {
 		x.want.OrigDst = "ENOENT"
+	}
+}
+
+// rerouted: from a machine behind the pod, by the proxy in place of who was called.
+func (x *comparison) rerouted() bool {
+	by := map[place]string{inVM: "vm0", inOther: "net1", inFar: "eth0"}[x.From]
+	r := x.Rules
+	return !x.UDP && slices.Contains(r.RerouteInterfaces, by) && (r.IncludeOutboundCIDRs.All || holds(r.IncludeOutboundCIDRs.List, x.To.Addr()))
+}
+
+func holds(list []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// reroutedName: the proxy's own end of a machine's connection.
+func reroutedName(x *comparison) {
+	if x.rerouted() && x.want.By == "proxy:out" {
+		x.want.ByName = fmt.Sprint("booked:", x.Rules.OutboundPort)
+	}
+}
+
+// bothRerouted: Istio's P0 line takes what Sluice has sent to an address of the
+// book, and redirects it to one that Sluice does not know.
+func bothRerouted(x *comparison) {
+	book := netip.MustParseAddr("127.192.0.1")
+	if x.To.Addr().Is6() {
+		book = netip.MustParseAddr("fd73:6c75:6963:6500::1")
+	}
+	r := x.Rules.IncludeOutboundCIDRs
+	if x.both && x.rerouted() && x.want.By == "proxy:out" && (r.All || holds(r.List, book)) {
+		x.want = outcome{Result: "ECONNREFUSED"}
 	}
 }
 

@@ -35,6 +35,10 @@ var ruleTable = []struct {
 	{"I1", defaults(), statement("bpf/rules.h")},
 	{"I2", defaults(), text("bpf/rules.h", "return verdict != RULE_DIRECT; /* I2, I3 */", "return true;")},
 	{"I3", defaults(), text("bpf/rules.h", "return verdict != RULE_DIRECT; /* I2, I3 */", "return false;")},
+	{"P0", reroutes(func(*rules.Rules) {}),
+		text("bpf/rules.h", "return pod->flags & POD_OUT_DEFAULT_CAPTURE || cidr_value(pod, dst) & RULE_REROUTE;", "return false;")},
+	{"P0 RETURN", reroutes(func(r *rules.Rules) { r.IncludeOutboundCIDRs = rules.CIDRs{} }),
+		text("bpf/inbound.c", "if (have_ingress_ifindex && pod->flags & POD_REROUTES &&", "if (0 &&")},
 }
 
 // TestOracleNoticesAMissingRule takes each rule away, from iptables and (with

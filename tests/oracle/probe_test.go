@@ -16,6 +16,7 @@ const (
 	inPod   place = "pod"
 	inFar   place = "far"
 	inOther place = "far2" // behind the pod's second interface
+	inVM    place = "vm"   // a machine behind the pod
 )
 
 // probe is one connection, or one datagram and its answer.
@@ -29,11 +30,20 @@ type probe struct {
 	Mapped    bool           // an AF_INET6 socket to an IPv4 address
 	UDP       bool
 	Sendto    bool // UDP: sendto() without connect()
+	ForClient bool // the source is not the pod's: IP_TRANSPARENT
+	Mark      int  // SO_MARK, if not 0
 	MayVanish bool // may time out; then it is waited for less
 }
 
 func (p probe) family() int {
-	if p.Mapped || p.To.Addr().Is6() {
+	if p.Mapped {
+		return unix.AF_INET6
+	}
+	return family(p.To.Addr())
+}
+
+func family(a netip.Addr) int {
+	if a.Is6() {
 		return unix.AF_INET6
 	}
 	return unix.AF_INET
@@ -49,6 +59,9 @@ func (p probe) String() string {
 	}
 	if p.Device != "" {
 		text += " by " + p.Device
+	}
+	if p.Mark != 0 {
+		text += fmt.Sprint(" mark ", p.Mark)
 	}
 	if p.Mapped {
 		text += " v4-mapped"
@@ -125,30 +138,36 @@ func addrs(texts ...string) (out []netip.Addr) {
 }
 
 var (
-	own    = addrs("10.99.0.2", "10.99.0.3", "10.98.0.2", "fd99::2", "fd99::3", "fd98::2")
-	far    = addrs("10.99.0.1", "10.96.0.10", "fd99::1", "fd96::10") // the second of each is a service's address
-	other  = addrs("10.98.0.1", "fd98::1")
-	lo     = addrs("127.0.0.1", "127.0.0.2", "127.0.0.6", "::1", "::6")
-	lost   = addrs("192.0.2.1", "2001:db8::1") // no route
-	hole   = addrs("10.95.0.1", "fd95::1")     // who gets it says nothing
-	farAll = append(append([]netip.Addr{}, far...), other...)
+	own     = addrs("10.99.0.2", "10.99.0.3", "10.98.0.2", "fd99::2", "fd99::3", "fd98::2")
+	far     = addrs("10.99.0.1", "10.96.0.10", "fd99::1", "fd96::10") // the second of each is a service's address
+	other   = addrs("10.98.0.1", "fd98::1")
+	inner   = addrs("10.88.0.1", "fd88::1") // the pod's, towards the machine
+	machine = addrs("10.88.0.2", "fd88::2")
+	lo      = addrs("127.0.0.1", "127.0.0.2", "127.0.0.6", "::1", "::6")
+	lost    = addrs("192.0.2.1", "2001:db8::1") // no route
+	hole    = addrs("10.95.0.1", "fd95::1")     // who gets it says nothing
+	farAll  = append(append([]netip.Addr{}, far...), other...)
 )
 
 // probes is every probe of a configuration. Slow ones, which may wait for an
 // answer that does not come, only if asked.
-func probes(f families, slow bool) []probe {
+func probes(c config, slow bool) []probe {
 	var all []probe
 	all = append(all, tcpOut()...)
 	all = append(all, tcpEdges()...)
 	all = append(all, udpOut()...)
 	all = append(all, inbound()...)
+	all = append(all, throughPod()...)
 	all = append(all, twice()...)
+	if c.byTProxy() && c.isProxy(kit.TProxy) {
+		all = append(all, forClients()...)
+	}
 	if slow {
 		all = append(all, vanishing()...)
 	}
 	var out []probe
 	for _, p := range all {
-		if p.possible(f) {
+		if p.possible(c.Families) {
 			out = append(out, p)
 		}
 	}
@@ -161,7 +180,7 @@ func (p probe) possible(f families) bool {
 		return true
 	}
 	has := p.To.Addr().Is4() == (f == only4)
-	return has || p.From == inPod && !p.Source.IsValid() && p.Device == ""
+	return has || p.From == inPod && p.Mark == 0 && !p.Source.IsValid() && p.Device == ""
 }
 
 func tcpOut() (out []probe) {
@@ -237,6 +256,32 @@ func inbound() (out []probe) {
 		for _, port := range []uint16{plainPort, portDNS} {
 			out = append(out, probe{From: from, ID: kit.App, To: netip.AddrPortFrom(to, port), UDP: true})
 		}
+	}
+	return out
+}
+
+// throughPod is what the machine behind the pod sends, and is sent.
+func throughPod() (out []probe) {
+	for _, to := range concat(own, inner, farAll) {
+		all := []uint16{plainPort, otherPort, nobodyPort, portDNS, 15001, 15006, portHBONE, 15021}
+		if to == own[1] || to == own[4] || to == other[0] || to == other[1] {
+			all = all[:1]
+		}
+		for _, port := range all {
+			out = append(out, probe{From: inVM, ID: kit.App, To: netip.AddrPortFrom(to, port)})
+		}
+		for _, port := range []uint16{plainPort, portDNS} {
+			out = append(out, probe{From: inVM, ID: kit.App, To: netip.AddrPortFrom(to, port), UDP: true})
+		}
+	}
+	for _, to := range machine {
+		for _, from := range []place{inPod, inFar, inOther} {
+			p := probe{From: from, ID: kit.App, To: netip.AddrPortFrom(to, plainPort)}
+			q := p
+			q.UDP = true
+			out = append(out, p, q)
+		}
+		out = append(out, probe{From: inPod, ID: kit.Proxy, To: netip.AddrPortFrom(to, plainPort)})
 	}
 	return out
 }

@@ -57,7 +57,12 @@ func draw(seed uint64) config {
 	}
 	r.DNS = d.chance(40)
 	if d.chance(20) {
-		r.ExcludeInterfaces = some(d, 2, []string{"eth0", "net1", "lo", "nosuch0"})
+		r.ExcludeInterfaces = some(d, 2, []string{"eth0", "net1", "vm0", "lo", "nosuch0"})
+	}
+	if d.chance(30) {
+		r.RerouteInterfaces = slices.DeleteFunc(some(d, 2, []string{"vm0", "nosuch1"}), func(name string) bool {
+			return slices.Contains(r.ExcludeInterfaces, name)
+		})
 	}
 	if d.chance(25) {
 		c.Inbound = datapath.InboundTC

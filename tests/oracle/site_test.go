@@ -48,36 +48,50 @@ func (r redirection) String() string {
 //	far  10.99.0.1, fd99::1, and as a service's address 10.96.0.10, fd96::10
 //	pod  eth0: 10.99.0.2, .3, fd99::2, ::3   net1: 10.98.0.2, fd98::2
 //	far2 10.98.0.1, fd98::1
+//	vm   10.88.0.2, fd88::2, behind the pod's vm0: 10.88.0.1, fd88::1
 type site struct {
 	redirection
-	t              testing.TB
-	pod, far, far2 *kit.NS
-	servers        *servers
-	datapath       *datapath.Datapath
+	t                  testing.TB
+	pod, far, far2, vm *kit.NS
+	servers            *servers
+	datapath           *datapath.Datapath
 }
 
 func newSite(t testing.TB, r redirection, f families) *site {
 	t.Helper()
-	s := &site{redirection: r, t: t, servers: serve(t), pod: kit.NewNS(t, "pod"), far: kit.NewNS(t, "far"), far2: kit.NewNS(t, "far2")}
+	s := &site{redirection: r, t: t, servers: serve(t),
+		pod: kit.NewNS(t, "pod"), far: kit.NewNS(t, "far"), far2: kit.NewNS(t, "far2"), vm: kit.NewNS(t, "vm")}
+	for _, ns := range []*kit.NS{s.pod, s.far, s.far2, s.vm} {
+		ns.Sysctl("ipv6/conf/default/accept_dad", "0") // link-local addresses too are usable at once
+	}
 	if r.sluice {
 		s.datapath = kit.Datapath(t)
 	}
 	s.wire("eth0", s.far, f, "10.99.0.2/24", "10.99.0.1/24", "fd99::2/64", "fd99::1/64")
 	s.wire("net1", s.far2, f, "10.98.0.2/24", "10.98.0.1/24", "fd98::2/64", "fd98::1/64")
+	s.wire("vm0", s.vm, f, "10.88.0.1/24", "10.88.0.2/24", "fd88::1/64", "fd88::2/64")
+	s.pod.Sysctl("ipv4/ip_forward", "1")
+	s.pod.Sysctl("ipv6/conf/all/forwarding", "1")
 	if f != only6 {
 		s.pod.AddAddr("eth0", netip.MustParsePrefix("10.99.0.3/24"))
 		s.pod.AddRoute("10.0.0.0/8", kit.Far4)
 		s.far.AddAddr("lo", netip.MustParsePrefix("10.96.0.10/32"))
+		s.vm.AddRoute("10.0.0.0/8", inner[0])
+		s.far.AddRoute("10.88.0.0/24", kit.Pod4)
+		s.far2.AddRoute("10.88.0.0/24", own[2])
 		s.swallow("10.95.0.0/24")
 	}
 	if f != only4 {
 		s.pod.AddAddr("eth0", netip.MustParsePrefix("fd99::3/64"))
 		s.pod.AddRoute("fd00::/8", kit.Far6)
 		s.far.AddAddr("lo", netip.MustParsePrefix("fd96::10/128"))
+		s.vm.AddRoute("fd00::/8", inner[1])
+		s.far.AddRoute("fd88::/64", kit.Pod6)
+		s.far2.AddRoute("fd88::/64", own[5])
 		s.swallow("fd95::/64")
 		s.pod.AddAddr("lo", netip.MustParsePrefix("::6/128")) // Istio does, and Sluice
 	}
-	for name, ns := range map[string]*kit.NS{"pod": s.pod, "far": s.far, "far2": s.far2} {
+	for name, ns := range map[string]*kit.NS{"pod": s.pod, "far": s.far, "far2": s.far2, "vm": s.vm} {
 		for _, port := range ports {
 			if name == "pod" && (port == rules.DefaultOutboundPort || port == rules.DefaultInboundPort || port == rules.DefaultDNSPort) {
 				continue // the proxy's
@@ -130,6 +144,8 @@ func (s *site) at(p place) *kit.NS {
 		return s.far
 	case inOther:
 		return s.far2
+	case inVM:
+		return s.vm
 	}
 	return s.pod
 }
@@ -158,6 +174,13 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, s.forgetConnections()) }()
+		if c.byTProxy() {
+			remove, err := wayBack(s.pod)
+			if err != nil {
+				return nil, err
+			}
+			defer func() { err = errors.Join(err, remove()) }()
+		}
 	}
 	if s.sluice {
 		if _, err := s.datapath.Enroll(s.pod.NetNS, datapath.Pod{Namespace: "oracle", Name: s.String(), Rules: r, Inbound: c.Inbound}); err != nil {
@@ -176,6 +199,11 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 			proxy = append(proxy, fds...)
 			if err != nil {
 				return nil, err
+			}
+			if c.byTProxy() && port == r.InboundPort {
+				if err := makeTransparent(fds[0], family(any)); err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
