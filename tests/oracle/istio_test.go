@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -107,7 +108,23 @@ func natRules(t *testing.T, ns *kit.NS, save string) map[string][]string {
 			chains[fields[1]] = append(chains[fields[1]], strings.Join(fields[2:], " "))
 		}
 	}
+	// Istio puts those for rerouted interfaces in front one by one. Among those with
+	// one target the order says nothing.
+	for run := chains["PREROUTING"]; len(run) > 0; {
+		n := 1
+		for n < len(run) && target(run[n]) == target(run[0]) {
+			n++
+		}
+		slices.Sort(run[:n])
+		run = run[n:]
+	}
 	return chains
+}
+
+// target is what a rule does.
+func target(rule string) string {
+	_, out, _ := strings.Cut(rule, "-j ")
+	return out
 }
 
 // inNS runs a command in a namespace.
