@@ -87,7 +87,10 @@ func detachClsact(ns *netns.NetNS, wanted func(name string, ifindex int) bool) e
 	}
 	var errs error
 	for _, l := range links {
-		errs = errors.Join(errs, detachClsactFrom(handle, l, wanted))
+		err := detachClsactFrom(handle, l, wanted)
+		if !isNoDevice(err) { // an interface that went meanwhile has taken them along
+			errs = errors.Join(errs, err)
+		}
 	}
 	return errs
 }
