@@ -103,6 +103,22 @@ func (c *call) datapath() (*datapath.Datapath, error) {
 	return datapath.Open(datapath.Options{Dir: c.config.BPFFS})
 }
 
+// withDatapath does something with the datapath, if there is one, and stops waiting
+// when the context ends.
+func (c *call) withDatapath(ctx context.Context, do func(*datapath.Datapath) error) error {
+	return within(ctx, func() error {
+		d, err := c.datapath()
+		if errors.Is(err, datapath.ErrNotUp) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer d.Close()
+		return do(d)
+	})
+}
+
 // printResult passes the previous plugin's result on, in the version asked for.
 func (c *call) printResult() error {
 	if c.config.PrevResult != nil {
@@ -216,22 +232,11 @@ func (c *call) enroll(pod agentapi.Pod, v verdict) error {
 // freeing what they hold. What it cannot remove, the daemon finds by the death of
 // the namespace.
 func del(ctx context.Context, c *call) error {
-	err := within(ctx, func() error {
-		d, err := c.datapath()
-		if errors.Is(err, datapath.ErrNotUp) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		defer d.Close()
-		var ns *netns.NetNS
-		if c.args.Netns != "" {
-			if ns, err = netns.Open(c.args.Netns); err == nil {
-				defer ns.Close()
-			} else {
-				ns = nil // it is gone already
-			}
+	err := c.withDatapath(ctx, func(d *datapath.Datapath) error {
+		var ns *netns.NetNS // nil: it is gone already
+		if open, err := netns.Open(c.args.Netns); err == nil {
+			defer open.Close()
+			ns = open
 		}
 		released, found, err := d.Release(c.attachmentID(), ns)
 		if found {
@@ -246,15 +251,7 @@ func del(ctx context.Context, c *call) error {
 }
 
 func gc(ctx context.Context, c *call) error {
-	err := within(ctx, func() error {
-		d, err := c.datapath()
-		if errors.Is(err, datapath.ErrNotUp) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		defer d.Close()
+	err := c.withDatapath(ctx, func(d *datapath.Datapath) error {
 		var valid []datapath.AttachmentID
 		for _, a := range c.config.ValidAttachments {
 			valid = append(valid, datapath.AttachmentID{Container: a.ContainerID, Interface: a.IfName})
@@ -273,15 +270,7 @@ func gc(ctx context.Context, c *call) error {
 
 // check compares what is with what should be.
 func check(ctx context.Context, c *call) error {
-	err := within(ctx, func() error {
-		d, err := c.datapath()
-		if errors.Is(err, datapath.ErrNotUp) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		defer d.Close()
+	err := c.withDatapath(ctx, func(d *datapath.Datapath) error {
 		attachment, found, err := d.Attachment(c.attachmentID())
 		if err != nil || !found { // not found: a pod outside the mesh
 			return err
