@@ -49,7 +49,7 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			if l.Lo || entries.excludes(l.Index) || name == progTCInbound && entries.reroutes(l.Index) || missing && d.hasTC(ns, l, name, flags) {
+			if !d.wantsTC(l, name, entries) || missing && d.hasTC(ns, l, name, flags) {
 				continue
 			}
 			e := d.attachTC(ns, l, name, flags)
@@ -74,7 +74,7 @@ func (d *Datapath) detachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	wanted := map[string]bool{progInbound: true}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			wanted[tcPin(name, l.Index)] = !l.Lo && !entries.excludes(l.Index) && (name != progTCInbound || !entries.reroutes(l.Index))
+			wanted[tcPin(name, l.Index)] = d.wantsTC(l, name, entries)
 		}
 	}
 	for _, l := range network.Links {
