@@ -8,6 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -53,6 +54,7 @@ func (d *Datapath) Attach(a Attachment) error {
 	if err := d.maps["attachments"].Put(a.key(), value); err != nil {
 		return tableError("attachments", err)
 	}
+	failpoint.Step("attach: recorded")
 	return nil
 }
 
@@ -116,13 +118,18 @@ func (d *Datapath) release(key connectAttachmentKey, value connectAttachment, ns
 		others = others || k != key && v.Cookie == value.Cookie
 	})
 	if err == nil && !others {
-		if ns != nil && ns.Cookie() != value.Cookie {
-			ns = nil
+		if ns == nil || ns.Cookie() != value.Cookie {
+			// GC names no namespace, and DEL may name one that is gone.
+			if ns = d.find(value.Cookie); ns != nil {
+				defer ns.Close()
+			}
 		}
 		out.Unenrolled = true
 		err = d.unenroll(value.Cookie, ns)
 	}
-	return out, errors.Join(err, deleteKey(d.maps["attachments"], key))
+	err = errors.Join(err, deleteKey(d.maps["attachments"], key))
+	failpoint.Step("release: forgotten")
+	return out, err
 }
 
 // Attachment finds what is recorded of an attachment.

@@ -33,6 +33,7 @@ var bin string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	kit.HoldAndExit()
 	dir, err := os.MkdirTemp("", "sluice-cni-test")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
