@@ -167,5 +167,5 @@ func (d *Datapath) Fill() ([]Fill, error) {
 	return out, errors.Join(err, errKeys)
 }
 
-// Features are those that the datapath was brought up or opened with.
-func (d *Datapath) Features() Features { return d.features }
+// Features are those of the kernel that the datapath was brought up on.
+func (d *Datapath) Features() Features { return d.probed() }

@@ -58,7 +58,7 @@ func Up(opts Options) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.features = features
+	d.probed = func() Features { return features }
 	if err := d.prepare(); err != nil {
 		return nil, err
 	}
@@ -86,7 +86,7 @@ func (d *Datapath) up() error {
 		return err
 	}
 	for _, hook := range nodeHooks {
-		if isUDP(hook.name) && !d.features.UDP {
+		if isUDP(hook.name) && !d.Features().UDP {
 			continue
 		}
 		if err := d.attachNode(hook, programs[hook.name]); err != nil {
@@ -102,8 +102,8 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 		return nil, nil, fmt.Errorf("read the node programs: %w", err)
 	}
 	values := map[string]any{
-		"have_set_retval": d.features.SetRetval,
-		"have_mptcp_sock": d.features.MPTCPSock,
+		"have_set_retval": d.Features().SetRetval,
+		"have_mptcp_sock": d.Features().MPTCPSock,
 		"handshake_share": d.opts.HandshakeShare,
 		"target_share":    d.opts.TargetShare,
 	}
@@ -115,7 +115,7 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 		}
 	}
 	wanted := []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt}
-	if d.features.UDP {
+	if d.Features().UDP {
 		wanted = append(wanted, specs.udp)
 	}
 	for _, spec := range wanted {

@@ -60,13 +60,13 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
 	}
-	if pod.TC == TCX && !d.features.TCX {
+	if pod.TC == TCX && !d.Features().TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
-	if err := d.features.allow(pod.Rules.Mode); err != nil {
+	if err := d.allow(pod.Rules.Mode); err != nil {
 		return Enrolment{}, err
 	}
-	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.features.IngressIfindex {
+	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.Features().IngressIfindex {
 		return Enrolment{}, errors.New("this kernel does not tell sk_lookup programs where a packet came in (Linux 5.17 does), so no interface can be excluded: enroll without excludeInterfaces")
 	}
 	if err := d.canCaptureDNS(pod.Rules); err != nil {
@@ -117,11 +117,12 @@ func (d *Datapath) canCaptureDNS(r rules.Rules) error {
 	if !r.DNS {
 		return nil
 	}
-	if !d.features.UDP {
-		return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
-	}
 	for _, hook := range udpHooks {
-		if _, err := os.Stat(d.nodePin(hook)); err != nil {
+		_, err := os.Stat(d.nodePin(hook))
+		if err != nil && !d.Features().UDP {
+			return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
+		}
+		if err != nil {
 			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it (%w)", ErrNotUp, hook, err)
 		}
 	}
@@ -205,7 +206,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
-	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
+	if pod.TC == TCX || pod.TC != Clsact && runs && d.Features().TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
 		if err := d.maps["pods"].Put(cookie, value); err != nil {
 			return tableError("pods", err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -86,9 +87,9 @@ var ErrLayout = errors.New("the pinned maps are of another version")
 // Datapath is an open datapath.
 // Close releases this process's hold; what is pinned stays in force.
 type Datapath struct {
-	opts     Options
-	features Features
-	maps     map[string]*ebpf.Map
+	opts   Options
+	probed func() Features // once, when first asked for
+	maps   map[string]*ebpf.Map
 }
 
 // nodeSpecs are the programs that the node carries.
@@ -123,32 +124,43 @@ func (d *Datapath) linksDir() string        { return filepath.Join(d.opts.Dir, L
 func (d *Datapath) nodePin(n string) string { return filepath.Join(d.linksDir(), "node", n) }
 func (d *Datapath) podDir(c uint64) string  { return filepath.Join(d.linksDir(), "pods", fmt.Sprint(c)) }
 
-// Open opens what is pinned below opts.Dir. ErrNotUp if nothing is.
+// Open opens what is pinned below opts.Dir. ErrNotUp if nothing is. It leaves the
+// kernel unprobed, for Up has found it fit, until something optional is asked for:
+// a plugin that enrolls a pod has no millisecond to spare.
 func Open(opts Options) (*Datapath, error) {
 	opts.complete()
-	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}}
+	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}, probed: sync.OnceValue(func() Features {
+		f, _ := examine()
+		return f
+	})}
 	if _, err := os.Stat(d.mapsDir()); errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w: nothing is pinned below %s; run \"sluicectl up\" first", ErrNotUp, opts.Dir)
 	}
 	if err := d.openMaps(false); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	var err error
-	if d.features, err = Probe(); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
 	return d, nil
+}
+
+// mapSpecs are the definitions of all maps. Every object has them (bpf/maps.h);
+// this one is the smallest, and read in a third of the time of connect's.
+func mapSpecs() (map[string]*ebpf.MapSpec, error) {
+	spec, err := loadSockopt()
+	if err != nil {
+		return nil, fmt.Errorf("read the map definitions: %w", err)
+	}
+	return spec.Maps, nil
 }
 
 // openMaps opens every pinned map, and creates and pins those that are missing
 // where create is true.
 func (d *Datapath) openMaps(create bool) error {
-	spec, err := loadConnect()
+	specs, err := mapSpecs()
 	if err != nil {
-		return fmt.Errorf("read the map definitions: %w", err)
+		return err
 	}
 	sized := map[string]uint32{"handshakes": d.opts.Handshakes, "targets": d.opts.Targets, "target_index": d.opts.Targets}
-	for name, m := range spec.Maps {
+	for name, m := range specs {
 		if m.Type == ebpf.Array || name[0] == '.' {
 			continue // .rodata and the like belong to one program
 		}

@@ -124,8 +124,8 @@ func (d *Datapath) loadShared() error {
 	}
 	values := map[string]any{
 		"target_share":         d.opts.TargetShare,
-		"have_ingress_ifindex": d.features.IngressIfindex,
-		"have_mptcp_sock":      d.features.MPTCPSock,
+		"have_ingress_ifindex": d.Features().IngressIfindex,
+		"have_mptcp_sock":      d.Features().MPTCPSock,
 	}
 	for _, spec := range []*ebpf.CollectionSpec{inbound, tc, reroute} {
 		c, err := d.load(spec, values)
