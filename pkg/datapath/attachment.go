@@ -38,7 +38,7 @@ func networkHash(name string) uint64 {
 
 // Attach records an attachment, or records it anew.
 func (d *Datapath) Attach(a Attachment) error {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
@@ -66,7 +66,7 @@ type Released struct {
 // ns may be nil; if it is not the namespace in question, it is left alone. What
 // is not recorded is no error: found is false.
 func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Released{}, false, err
 	}
@@ -83,7 +83,7 @@ func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found
 
 // ReleaseStale releases every attachment of a network but the valid ones.
 func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Released, error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
 	}

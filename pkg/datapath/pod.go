@@ -72,7 +72,7 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err := d.canCaptureDNS(pod.Rules); err != nil {
 		return Enrolment{}, err
 	}
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Enrolment{}, err
 	}
@@ -270,7 +270,7 @@ func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, 
 // leaves nothing of it. One that is not enrolled is no error; found says
 // whether it was.
 func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return false, err
 	}

@@ -22,6 +22,7 @@ type load struct {
 	stop    atomic.Bool
 	clients sync.WaitGroup
 	began   time.Time
+	rest    time.Duration // between two connections of a client
 
 	done, failed, escaped atomic.Int64
 
@@ -36,10 +37,22 @@ type opened struct {
 	fd int
 }
 
-// startLoad begins; each way has one client.
+// startLoad begins; each way has one client, and there is no rest between two of
+// its connections.
 func startLoad(t *testing.T, worlds ...*world) *load {
 	t.Helper()
-	l := &load{t: t, worlds: worlds, began: time.Now()}
+	return start(t, 0, worlds)
+}
+
+// startGentleLoad leaves the machine to others most of the time.
+func startGentleLoad(t *testing.T, worlds ...*world) *load {
+	t.Helper()
+	return start(t, 5*time.Millisecond, worlds)
+}
+
+func start(t *testing.T, rest time.Duration, worlds []*world) *load {
+	t.Helper()
+	l := &load{t: t, worlds: worlds, began: time.Now(), rest: rest}
 	for _, w := range worlds {
 		w.each(func(way way) error {
 			fd, err := way.connect()
@@ -71,10 +84,10 @@ func (l *load) run(w way) {
 	for n := uint64(1); !l.stop.Load(); n++ {
 		err := w.once(n)
 		l.done.Add(1)
-		if err == nil {
-			continue
+		if err != nil {
+			l.note(w, err)
 		}
-		l.note(w, err)
+		time.Sleep(l.rest)
 	}
 }
 
