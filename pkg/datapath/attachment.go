@@ -8,6 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -53,6 +54,7 @@ func (d *Datapath) Attach(a Attachment) error {
 	if err := d.maps["attachments"].Put(a.key(), value); err != nil {
 		return tableError("attachments", err)
 	}
+	failpoint.Step("attachment written")
 	return nil
 }
 

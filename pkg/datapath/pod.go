@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
@@ -155,6 +156,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
+	failpoint.Step("enroll: rules written")
 	value.Addr4, value.Addr6 = toAddr(network.Primary4), toAddr(network.Primary6)
 	if pod.Inbound == InboundTC {
 		value.Flags |= connectPodFlagsPOD_INBOUND_TC
@@ -170,9 +172,11 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.planWayBack(ns, network, pod.Rules.Mode, &value, out); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: way back planned")
 	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: proxy's source added")
 	if out.addedSource6 {
 		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
 	}
@@ -181,6 +185,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 		return err
 	}
 	value.Flags |= entries.flags()
+	failpoint.Step("enroll: network written")
 	for _, name := range []string{"handshake_use", "target_use"} {
 		if err := d.maps[name].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return tableError(name, err)
@@ -189,6 +194,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: name written")
 	six, err := d.nameReroutes(ns, pod.Rules.RerouteInterfaces)
 	if err != nil {
 		return err
@@ -199,6 +205,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
+	failpoint.Step("enroll: pod written")
 	if err := d.setWayBack(ns, pod.Rules.Mode, value, out.addedWayBack); err != nil {
 		return err
 	}
@@ -206,6 +213,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
+	failpoint.Step("enroll: open sockets collected")
 	if pod.TC == TCX || pod.TC != Clsact && runs && d.Features().TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
 		if err := d.maps["pods"].Put(cookie, value); err != nil {
@@ -291,7 +299,9 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
 	errs := errors.Join(unreroute(d.maps["reroutes"], cookie, ns), d.detachPod(cookie, ns))
+	failpoint.Step("unenroll: programs detached")
 	errs = errors.Join(errs, restoreNamespace(ns, value))
+	failpoint.Step("unenroll: namespace restored")
 	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
@@ -398,6 +408,9 @@ func deleteWhere[K any](m *ebpf.Map, chosen func(K) bool) error {
 func deleteKey(m *ebpf.Map, key any) error {
 	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("delete from %s: %w", m, err)
+	}
+	if failpoint.Enabled {
+		failpoint.Step("entry deleted from " + m.String())
 	}
 	return nil
 }

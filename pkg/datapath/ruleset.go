@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -70,6 +71,7 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	if err := d.writeCompiled(id, compiled); err != nil {
 		return connectPod{}, errors.Join(err, d.clearRules(id))
 	}
+	failpoint.Step("enroll: compiled rules written")
 	if err := d.maps["rule_sets"].Put(id, connectRuleSet{Sha256: r.Digest()}); err != nil {
 		return connectPod{}, errors.Join(tableError("rule_sets", err), d.clearRules(id))
 	}

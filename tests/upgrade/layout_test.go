@@ -122,12 +122,11 @@ func TestKilledWhileAVersionWithOtherMapsTakesOverEitherMakesItWhole(t *testing.
 	s := newLayouts(t, "killed")
 	l := startGentleLoad(t, s.world)
 	halfway := 0
-	for step := 1; ; step++ {
-		last, died := s.next.killedAt(step, s.up()...)
-		if !died {
-			break
-		}
-		l.goOn(20)
+	s.next.atEachStep(40, func() {
+		s.this.mustCtl(s.up()...)
+		s.inForce(s.this, s.next)
+	}, s.up(), func(step int, _ string) {
+		l.goOn(10)
 		if s.writesAreRefused() {
 			halfway++
 		}
@@ -135,15 +134,13 @@ func TestKilledWhileAVersionWithOtherMapsTakesOverEitherMakesItWhole(t *testing.
 			s.next.mustCtl(s.up()...)
 			s.inForce(s.next, s.this)
 		}
-		s.this.mustCtl(s.up()...)
-		s.inForce(s.this, s.next)
-		s.attached()
-		l.goOn(20)
 		if l.failed.Load()+l.escaped.Load() > 0 {
-			t.Errorf("killed at step %d (%s)", step, last)
-			break
+			t.Error("something failed or escaped")
 		}
-	}
+	})
+	s.this.mustCtl(s.up()...)
+	s.inForce(s.this, s.next)
+	s.attached()
 	if halfway < 10 {
 		t.Errorf("only %d steps were found to be half-way", halfway)
 	}

@@ -3,6 +3,8 @@
 package upgrade
 
 import (
+	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -12,7 +14,18 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	kit.Main(m)
+	kit.HoldAndExit()
+	os.Exit(inBuildDir(m))
+}
+
+func inBuildDir(m *testing.M) int {
+	var err error
+	if built.dir, err = os.MkdirTemp("", "sluice-upgrade-test-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(built.dir)
+	return kit.Run(m)
 }
 
 func TestFiftyReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {

@@ -21,10 +21,19 @@ type version struct {
 	dir string // with its programs
 }
 
+// built are the builds of this run: each is made once.
+var built struct {
+	dir        string // set by TestMain
+	this, next string
+}
+
 // thisVersion builds what is here.
 func thisVersion(t *testing.T) version {
 	t.Helper()
-	return buildVersion(t, "../..")
+	if built.this == "" {
+		built.this = buildVersion(t, "../..", "this")
+	}
+	return version{t, built.this}
 }
 
 // moved are the changes that make another layout: every field of these values is
@@ -41,6 +50,9 @@ var moved = map[string][2]string{
 // sources: it compiles the programs in C anew.
 func nextVersion(t *testing.T) version {
 	t.Helper()
+	if built.next != "" {
+		return version{t, built.next}
+	}
 	if _, err := exec.LookPath("clang-19"); err != nil {
 		t.Fatal("no clang-19 to compile a version with another layout: run hack/deps.sh bpf")
 	}
@@ -74,14 +86,18 @@ func nextVersion(t *testing.T) version {
 		t.Fatal(err)
 	}
 	run(t, dir, "go", "generate", "./pkg/datapath/")
-	return buildVersion(t, dir)
+	built.next = buildVersion(t, dir, "next")
+	return version{t, built.next}
 }
 
-func buildVersion(t *testing.T, source string) version {
+func buildVersion(t *testing.T, source, name string) string {
 	t.Helper()
-	v := version{t, t.TempDir()}
-	run(t, source, "go", "build", "-tags", "sluice_failpoints", "-o", v.dir, "./cmd/...")
-	return v
+	dir := filepath.Join(built.dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, source, "go", "build", "-tags", "sluice_failpoints", "-o", dir+"/", "./cmd/sluicectl", "./cmd/sluiced")
+	return dir
 }
 
 func run(t *testing.T, dir, name string, args ...string) {
@@ -109,29 +125,76 @@ func (v version) mustCtl(args ...string) string {
 	return out
 }
 
-// killedAt runs its sluicectl and has it killed at a step. It returns the last
-// step that it took; died is false if it came to its end before.
-func (v version) killedAt(step int, args ...string) (last string, died bool) {
+// steps runs its sluicectl and lists the steps that it takes.
+func (v version) steps(args ...string) []string {
 	v.t.Helper()
-	steps := filepath.Join(v.t.TempDir(), "steps")
+	steps, died := v.killedAt(0, args...)
+	if died {
+		v.t.Fatalf("sluicectl %v was killed", args)
+	}
+	return steps
+}
+
+// killedAt runs its sluicectl and has it killed at a step, counted from 1. It
+// returns the steps that it took; died is false if it came to its end before.
+func (v version) killedAt(step int, args ...string) (steps []string, died bool) {
+	v.t.Helper()
+	file := filepath.Join(v.t.TempDir(), "steps")
 	cmd := exec.Command(filepath.Join(v.dir, "sluicectl"), args...)
-	cmd.Env = append(os.Environ(), failpoint.KillAtEnv+"="+strconv.Itoa(step), failpoint.StepsFileEnv+"="+steps)
+	cmd.Env = append(os.Environ(), failpoint.KillAtEnv+"="+strconv.Itoa(step), failpoint.StepsFileEnv+"="+file)
 	out, err := cmd.CombinedOutput()
-	text, readErr := os.ReadFile(steps)
+	text, readErr := os.ReadFile(file)
 	if readErr != nil {
 		v.t.Fatalf("sluicectl %v took no steps: %v: %s", args, readErr, out)
 	}
-	taken := strings.Split(strings.TrimSpace(string(text)), "\n")
-	last = taken[len(taken)-1]
+	steps = strings.Split(strings.TrimSpace(string(text)), "\n")
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		status := exit.Sys().(syscall.WaitStatus)
 		if status.Signaled() && status.Signal() == syscall.SIGKILL {
-			return last, true
+			return steps, true
 		}
 	}
 	if err != nil {
 		v.t.Fatalf("sluicectl %v, to be killed at step %d: %v\n%s", args, step, err, out)
 	}
-	return last, false
+	return steps, false
+}
+
+// atEachStep has a command of a version killed at each step that it takes, and
+// calls check after each; before makes what the command begins with. Of many
+// steps in a row that do the same to one map after the other, some are taken.
+func (v version) atEachStep(least int, before func(), command []string, check func(step int, name string)) {
+	v.t.Helper()
+	before()
+	names := v.steps(command...)
+	if len(names) < least {
+		v.t.Fatalf("%v takes only %d steps, where %d change something: %v", command, len(names), least, names)
+	}
+	const some = 7
+	for i, name := range names {
+		alike := i > 0 && kindOf(names[i-1]) == kindOf(name)
+		if alike && i%some != 0 {
+			continue
+		}
+		before()
+		if _, died := v.killedAt(i+1, command...); !died {
+			v.t.Fatalf("%v was not killed at step %d (%s)", command, i+1, name)
+		}
+		v.t.Logf("%s killed at step %d of %d: %s", command[0], i+1, len(names), name)
+		check(i+1, name)
+		if v.t.Failed() {
+			v.t.Fatalf("after %s was killed at step %d (%s)", command[0], i+1, name)
+		}
+	}
+}
+
+// kindOf is a step's name without the map's.
+func kindOf(name string) string {
+	for _, prefix := range []string{"up: map ", "entry deleted from "} {
+		if strings.HasPrefix(name, prefix) {
+			return prefix
+		}
+	}
+	return name
 }
