@@ -406,7 +406,11 @@ func deleteWhere[K any](m *ebpf.Map, chosen func(K) bool) error {
 }
 
 func deleteKey(m *ebpf.Map, key any) error {
-	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	err := m.Delete(key)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("delete from %s: %w", m, err)
 	}
 	if failpoint.Enabled {

@@ -122,7 +122,7 @@ func TestKilledWhileAVersionWithOtherMapsTakesOverEitherMakesItWhole(t *testing.
 	s := newLayouts(t, "killed")
 	l := startGentleLoad(t, s.world)
 	halfway := 0
-	s.next.atEachStep(40, func() {
+	s.next.atEachStep("up: ", 40, func() {
 		s.this.mustCtl(s.up()...)
 		s.inForce(s.this, s.next)
 	}, s.up(), func(step int, _ string) {

@@ -161,30 +161,39 @@ func (v version) killedAt(step int, args ...string) (steps []string, died bool) 
 	return steps, false
 }
 
-// atEachStep has a command of a version killed at each step that it takes, and
-// calls check after each; before makes what the command begins with. Of many
-// steps in a row that do the same to one map after the other, some are taken.
-func (v version) atEachStep(least int, before func(), command []string, check func(step int, name string)) {
+// atEachStep has a command of a version killed at each step whose name begins in a
+// way, and calls check after each; before makes what the command begins with.
+func (v version) atEachStep(begins string, least int, before func(), command []string, check func(step int, name string)) {
 	v.t.Helper()
 	before()
 	names := v.steps(command...)
 	if len(names) < least {
 		v.t.Fatalf("%v takes only %d steps, where %d change something: %v", command, len(names), least, names)
 	}
+	eachOf(names, func(step int, name string) {
+		if !strings.HasPrefix(name, begins) {
+			return
+		}
+		before()
+		if _, died := v.killedAt(step, command...); !died {
+			v.t.Fatalf("%v was not killed at step %d (%s)", command, step, name)
+		}
+		v.t.Logf("%s killed at step %d of %d: %s", command[0], step, len(names), name)
+		check(step, name)
+		if v.t.Failed() {
+			v.t.Fatalf("after %s was killed at step %d (%s)", command[0], step, name)
+		}
+	})
+}
+
+// eachOf calls do for the steps, counted from 1, but for most of those in a row
+// that do the same to one map after the other.
+func eachOf(names []string, do func(step int, name string)) {
 	const some = 7
 	for i, name := range names {
 		alike := i > 0 && kindOf(names[i-1]) == kindOf(name)
-		if alike && i%some != 0 {
-			continue
-		}
-		before()
-		if _, died := v.killedAt(i+1, command...); !died {
-			v.t.Fatalf("%v was not killed at step %d (%s)", command, i+1, name)
-		}
-		v.t.Logf("%s killed at step %d of %d: %s", command[0], i+1, len(names), name)
-		check(i+1, name)
-		if v.t.Failed() {
-			v.t.Fatalf("after %s was killed at step %d (%s)", command[0], i+1, name)
+		if !alike || i%some == 0 {
+			do(i+1, name)
 		}
 	}
 }
