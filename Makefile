@@ -85,6 +85,13 @@ oracle-mutants: root go-is-there ## take each rule out of iptables and of Sluice
 	$(DEPS) test bpf
 	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run TestOracleNoticesAMissingRule ./tests/oracle -oracle.mutate
 
+.PHONY: upgrade
+upgrade: root go-is-there ## replace, kill and churn Sluice under load (root, clang, 6 minutes)
+	$(DEPS) test bpf
+	@SLUICE_REQUIRE_ROOT=1 go test -tags sluice_failpoints -count=1 -timeout 20m $(TESTFLAGS) ./pkg/failpoint ./tests/upgrade || \
+		{ echo "Something failed, escaped or was left behind: see the lines that begin with FAIL above."; exit 1; }
+	@echo "Nothing failed, escaped or was left behind."
+
 .PHONY: race
 race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector (root)
 	$(DEPS) test race

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 )
 
 // ownerPoll is how often a daemon that waits asks whether the other has ended.
@@ -53,6 +55,7 @@ func sign(f *os.File) error {
 	if err := errors.Join(writeErr, f.Truncate(int64(len(text)))); err != nil {
 		return errors.Join(fmt.Errorf("write the daemon's lock: %w", err), f.Close())
 	}
+	failpoint.Step("daemon: lock signed")
 	return nil
 }
 

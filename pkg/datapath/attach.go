@@ -23,7 +23,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries pod
 	if _, err := d.attachInterfaces(ns, network, entries, flags, false); err != nil {
 		return err
 	}
-	failpoint.Step("enroll: interfaces attached")
+	failpoint.Step("attach: interfaces")
 	prog, err := d.loadStub(progInbound, ns.Cookie(), false)
 	if err != nil {
 		return err
@@ -35,7 +35,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries pod
 	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
 	}
-	failpoint.Step("enroll: inbound attached")
+	failpoint.Step("attach: inbound")
 	if !already {
 		return nil
 	}
@@ -50,7 +50,7 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make %s: %w", dir, err)
 	}
-	failpoint.Step("enroll: directory made")
+	failpoint.Step("attach: directory made")
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
 			if !d.wantsTC(l, name, entries) || missing && d.hasTC(ns, l, name, flags) {
@@ -59,8 +59,8 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 			e := d.attachTC(ns, l, name, flags)
 			switch {
 			case e == nil:
-				failpoint.Step("enroll: " + name + " attached")
 				attached = append(attached, name+" to "+l.Name)
+				failpoint.Step("attach: " + name)
 			case !missing || !isGone(e): // an interface may go while it is looked at
 				err = errors.Join(err, fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), e))
 			}
@@ -141,7 +141,7 @@ func replaceOrPin(pin string, prog *ebpf.Program, attach func() (link.Link, erro
 		return err
 	}
 	defer l.Close()
-	failpoint.Step("attach: link made")
+	failpoint.Step("attach: link made, not pinned")
 	return l.Pin(pin)
 }
 
@@ -205,9 +205,9 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	// Removing a pin detaches later, from a worker: until then the pod, which is
 	// not in the map any more, would be refused everything.
 	err := detachNow(filepath.Join(dir, progInbound))
-	failpoint.Step("unenroll: inbound detached")
+	failpoint.Step("detach: inbound")
 	err = errors.Join(err, d.detachExcept(dir, nil, 0, ns))
-	failpoint.Step("unenroll: interfaces detached")
+	failpoint.Step("detach: interfaces")
 	if e := os.RemoveAll(dir); e != nil {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}

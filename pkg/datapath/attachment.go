@@ -39,7 +39,7 @@ func networkHash(name string) uint64 {
 
 // Attach records an attachment, or records it anew.
 func (d *Datapath) Attach(a Attachment) error {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
@@ -54,7 +54,7 @@ func (d *Datapath) Attach(a Attachment) error {
 	if err := d.maps["attachments"].Put(a.key(), value); err != nil {
 		return tableError("attachments", err)
 	}
-	failpoint.Step("attach: recorded")
+	failpoint.Step("attachment written")
 	return nil
 }
 
@@ -68,7 +68,7 @@ type Released struct {
 // ns may be nil; if it is not the namespace in question, it is left alone. What
 // is not recorded is no error: found is false.
 func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Released{}, false, err
 	}
@@ -85,7 +85,7 @@ func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found
 
 // ReleaseStale releases every attachment of a network but the valid ones.
 func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Released, error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
 	}

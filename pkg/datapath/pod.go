@@ -73,7 +73,7 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if err := d.canCaptureDNS(pod.Rules); err != nil {
 		return Enrolment{}, err
 	}
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Enrolment{}, err
 	}
@@ -156,6 +156,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
+	failpoint.Step("enroll: rules written")
 	value.Addr4, value.Addr6 = toAddr(network.Primary4), toAddr(network.Primary6)
 	if pod.Inbound == InboundTC {
 		value.Flags |= connectPodFlagsPOD_INBOUND_TC
@@ -172,6 +173,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.planWayBack(ns, network, pod.Rules.Mode, &value, out); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: way back planned")
 	if out.addedSource6 = lacksProxySource(network); out.addedSource6 {
 		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
 		network.Addresses = append(network.Addresses, proxySource6)
@@ -217,6 +219,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
+	failpoint.Step("enroll: open sockets collected")
 	if pod.TC == TCX || pod.TC != Clsact && runs && d.Features().TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
 		if err := d.maps["pods"].Put(cookie, value); err != nil {
@@ -281,7 +284,7 @@ func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, 
 // leaves nothing of it. One that is not enrolled is no error; found says
 // whether it was.
 func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return false, err
 	}
@@ -424,12 +427,16 @@ func deleteWhere[K any](m *ebpf.Map, chosen func(K) bool) error {
 }
 
 func deleteKey(m *ebpf.Map, key any) error {
-	if err := m.Delete(key); errors.Is(err, ebpf.ErrKeyNotExist) {
+	err := m.Delete(key)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
 		return nil
-	} else if err != nil {
+	}
+	if err != nil {
 		return fmt.Errorf("delete from %s: %w", m, err)
 	}
-	failpoint.Step("an entry deleted")
+	if failpoint.Enabled {
+		failpoint.Step("entry deleted from " + m.String())
+	}
 	return nil
 }
 

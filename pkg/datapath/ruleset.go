@@ -71,7 +71,7 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	if err := d.writeCompiled(id, compiled); err != nil {
 		return connectPod{}, errors.Join(err, d.clearRules(id))
 	}
-	failpoint.Step("enroll: rules written")
+	failpoint.Step("enroll: compiled rules written")
 	if err := d.maps["rule_sets"].Put(id, connectRuleSet{Sha256: r.Digest()}); err != nil {
 		return connectPod{}, errors.Join(tableError("rule_sets", err), d.clearRules(id))
 	}

@@ -8,7 +8,9 @@ import (
 
 // Maps are made from one object's definitions, and used by the programs of all.
 func TestEveryObjectDefinesTheSameMaps(t *testing.T) {
-	specs, err := mapSpecs()
+	d := &Datapath{}
+	d.opts.complete()
+	specs, err := d.mapSpecs()
 	if err != nil {
 		t.Fatal(err)
 	}
