@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
@@ -141,9 +142,12 @@ func TestAnUninstallWaitsForTheADDThatRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	kit.Eventually(t, "the entry goes first", func() bool { return h.entry() == nil })
-	for _, path := range []string{h.plugged, n.socket()} {
-		if _, err := os.Stat(path); err != nil {
-			t.Error("gone while an ADD runs:", err)
+	// Without an ADD it would be over after a second.
+	for until := time.Now().Add(4 * time.Second); time.Now().Before(until) && !t.Failed(); time.Sleep(50 * time.Millisecond) {
+		for _, path := range []string{h.plugged, n.socket()} {
+			if _, err := os.Stat(path); err != nil {
+				t.Error("gone while an ADD runs:", err)
+			}
 		}
 	}
 	in.Close()
