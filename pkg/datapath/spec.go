@@ -260,7 +260,7 @@ func (d *Datapath) prepare() error {
 		parent = filepath.Dir(parent)
 	}
 	if kernel.IsBPFFS(parent) != nil {
-		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf DIR) and give a directory on it with --bpffs", d.opts.Dir)
+		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath) and give a directory on it with --bpffs", d.opts.Dir, kernel.ErrNoBPFFS)
 	}
 	if err := foreignScheme(d.opts.Dir); err != nil {
 		return err
