@@ -35,14 +35,14 @@ static __always_inline bool plainly_harmless(struct __sk_buff *skb, __u32 l3)
 	if (l3 > ETH_HLEN)
 		return false;
 	ip = data + l3;
-	if ((void *)(ip + sizeof(struct ipv6hdr) + MIN_TCP) > end)
+	if ((void *)(ip + sizeof(struct iphdr) + MIN_TCP) > end)
 		return false;
 	if (*ip == 0x45) { /* IPv4 without options */
 		if (ip[16] == 127)
 			return false;
 		next = ip[9];
 		tcp = ip + sizeof(struct iphdr);
-	} else if (*ip >> 4 == 6) {
+	} else if (*ip >> 4 == 6 && (void *)(ip + sizeof(struct ipv6hdr) + MIN_TCP) <= end) {
 		next = ip[6];
 		tcp = ip + sizeof(struct ipv6hdr);
 	} else {
