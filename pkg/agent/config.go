@@ -7,9 +7,12 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/sluice-mesh/sluice/pkg/cni"
+	"github.com/sluice-mesh/sluice/pkg/conflist"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
 )
 
@@ -24,6 +27,31 @@ const (
 	RepairOff     Repair = "off"
 )
 
+// RunningPods is what becomes of the pods that run when Sluice is uninstalled.
+type RunningPods string
+
+// The ways.
+const (
+	RunningPodsKeep   RunningPods = "keep"   // redirected until they end
+	RunningPodsDirect RunningPods = "direct" // redirected no more, at once
+)
+
+// Install says where the node's container runtime looks for plugins. Without
+// directories nothing is installed.
+type Install struct {
+	ConfDir string // of network configurations, usually /etc/cni/net.d
+	BinDir  string // of plugins, usually /opt/cni/bin
+	Plugin  string // the binary to copy there
+	LogFile string // of the plugin, on the host
+}
+
+// Self is the daemon's own pod in Kubernetes. What is empty is not known.
+type Self struct {
+	Namespace string
+	DaemonSet string // only its end is an uninstall
+	Pod, UID  string // for Events
+}
+
 // Config says how the daemon works.
 type Config struct {
 	Node   string // its name in Kubernetes
@@ -35,6 +63,10 @@ type Config struct {
 	Mesh   mesh.Config
 	Repair Repair
 	Resync time.Duration // how often everything is compared
+
+	Install     Install
+	Self        Self
+	RunningPods RunningPods // at an uninstall
 }
 
 // DefaultConfig is what the flags of sluiced say by default.
@@ -46,7 +78,20 @@ func DefaultConfig() Config {
 		Mesh:   mesh.DefaultConfig(),
 		Repair: RepairInPlace,
 		Resync: 2 * time.Minute,
+
+		Install:     Install{Plugin: besideUs(conflist.Type), LogFile: cni.DefaultLogFile},
+		RunningPods: RunningPodsKeep,
 	}
+}
+
+// besideUs is a file in the directory of this program, where an image has all of
+// Sluice's.
+func besideUs(name string) string {
+	self, err := os.Executable()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(filepath.Dir(self), name)
 }
 
 // check refuses what cannot work, with what to do.
@@ -61,6 +106,17 @@ func (c Config) check() error {
 	}
 	if c.Resync < time.Second {
 		return fmt.Errorf("resync every %v is too often: give at least 1s", c.Resync)
+	}
+	switch c.RunningPods {
+	case RunningPodsKeep, RunningPodsDirect:
+	default:
+		return fmt.Errorf("%q is nothing that an uninstall can do with running pods: choose keep or direct", c.RunningPods)
+	}
+	if (c.Install.ConfDir == "") != (c.Install.BinDir == "") {
+		return errors.New("--cni-conf-dir and --cni-bin-dir go together: give both, or neither to install nothing")
+	}
+	if c.Self.DaemonSet != "" && c.Self.Namespace == "" {
+		return errors.New("the daemon's own namespace is not known: set POD_NAMESPACE (from metadata.namespace, by the downward API) or give --namespace beside --daemonset")
 	}
 	return nil
 }
