@@ -48,7 +48,7 @@ To remove redirection from a node: sluicectl down`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(*cobra.Command, []string) error {
-			return agent.Main(config, kubeconfig, debug, nil, os.Stderr)
+			return agent.Main(config, kubeconfig, debug, os.Stderr)
 		},
 	}
 	f := cmd.Flags()

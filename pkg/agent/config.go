@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/cni"
 	"github.com/sluice-mesh/sluice/pkg/conflist"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
@@ -72,7 +73,7 @@ type Config struct {
 // DefaultConfig is what the flags of sluiced say by default.
 func DefaultConfig() Config {
 	return Config{
-		RunDir: "/var/run/sluice",
+		RunDir: agentapi.DefaultRunDir,
 		BPFFS:  "/sys/fs/bpf/sluice",
 		Listen: "127.0.0.1:15095",
 		Mesh:   mesh.DefaultConfig(),
@@ -121,20 +122,20 @@ func (c Config) check() error {
 	return nil
 }
 
-func (c Config) lockPath() string   { return filepath.Join(c.RunDir, "lock") }
-func (c Config) socketPath() string { return filepath.Join(c.RunDir, "agent.sock") }
-func (c Config) statePath() string  { return filepath.Join(c.RunDir, "state.json") }
+func (c Config) socketPath() string { return agentapi.SocketPath(c.RunDir) }
+func (c Config) statePath() string  { return agentapi.StatePath(c.RunDir) }
 
 // The fields of the log.
 const (
-	fieldPod      = "pod"
-	fieldUID      = "uid"
-	fieldCookie   = "cookie"
-	fieldReason   = "reason"
-	fieldCount    = "count"
-	fieldChanges  = "changes"
-	fieldHolder   = "holder"
-	fieldPart     = "part"
-	fieldDuration = "duration"
-	fieldPlugin   = "plugin"
+	fieldPod       = "pod"
+	fieldUID       = "uid"
+	fieldCookie    = "cookie"
+	fieldReason    = "reason"
+	fieldCount     = "count"
+	fieldChanges   = "changes"
+	fieldHolder    = "holder"
+	fieldDaemonSet = "daemonset"
+	fieldPart      = "part"
+	fieldDuration  = "duration"
+	fieldPlugin    = "plugin"
 )
