@@ -241,7 +241,7 @@ func (d *Datapath) prepare() error {
 		parent = filepath.Dir(parent)
 	}
 	if kernel.IsBPFFS(parent) != nil {
-		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf DIR) and give a directory on it with --bpffs", d.opts.Dir)
+		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath) and give a directory on it with --bpffs", d.opts.Dir, kernel.ErrNoBPFFS)
 	}
 	for _, dir := range []string{d.mapsDir(), filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
