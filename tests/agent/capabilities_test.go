@@ -20,9 +20,8 @@ import (
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
-// declared are the capabilities that the manifest gives the daemon, as setpriv
-// names them.
-func declared(t *testing.T) []string {
+// container is the daemon's, by the manifest.
+func container(t *testing.T) corev1.Container {
 	t.Helper()
 	text, err := os.ReadFile("../../deploy/kustomize/daemonset.yaml")
 	if err != nil {
@@ -32,7 +31,14 @@ func declared(t *testing.T) []string {
 	if err := yaml.UnmarshalStrict(text, &set); err != nil {
 		t.Fatal(err)
 	}
-	context := set.Spec.Template.Spec.Containers[0].SecurityContext
+	return set.Spec.Template.Spec.Containers[0]
+}
+
+// declared are the capabilities that the manifest gives the daemon, as setpriv
+// names them.
+func declared(t *testing.T) []string {
+	t.Helper()
+	context := container(t).SecurityContext
 	if !slices.Equal(context.Capabilities.Drop, []corev1.Capability{"ALL"}) || context.Privileged == nil || *context.Privileged {
 		t.Fatal("the manifest gives more than it names:", context)
 	}
@@ -236,6 +242,20 @@ func TestSecurityPageNamesEachCapability(t *testing.T) {
 	for _, c := range declared(t) {
 		if line := "| `" + strings.ToUpper(c) + "` |"; !strings.Contains(string(page), line) {
 			t.Errorf("docs/security.md has no line that begins with %q", line)
+		}
+	}
+}
+
+// The manifest and the daemon are two texts: what one says the other must know.
+func TestTheDaemonKnowsTheManifestsFlags(t *testing.T) {
+	help, err := exec.Command(filepath.Join(bin, "sluiced"), "--help").CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, arg := range container(t).Args {
+		flag, _, _ := strings.Cut(arg, "=")
+		if !strings.Contains(string(help), " "+flag+" ") {
+			t.Errorf("sluiced has no flag %s", flag)
 		}
 	}
 }
