@@ -122,6 +122,39 @@ vm: root go-is-there ## run the datapath tests under another kernel in qemu: mak
 	@CGO_ENABLED=0 go test -c -o bin/netns.test ./tests/netns
 	tests/vm/run.sh -f bin/sluicectl:/bin/sluicectl -f bin/netns.test:/bin/netns.test $(KERNEL)
 
+# The version of what is released next: the chart's, and the image's tag.
+VERSION ?= $(shell sed -n 's/^appVersion: *//p' deploy/chart/Chart.yaml)
+# The image's name without tag. Nothing pulls from "localhost": it comes from the tarball.
+IMAGE ?= localhost/sluice
+PLATFORMS ?= amd64,arm64
+
+.PHONY: image
+image: go-is-there ## build the image (amd64, arm64) into bin/image/, as OCI layout and tarball: make image VERSION=... IMAGE=...
+	@go -C hack/image build -o $(CURDIR)/bin/tools/image .
+	@bin/tools/image --version '$(VERSION)' --name '$(IMAGE)' --platforms '$(PLATFORMS)' \
+		--revision "$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+		--created "$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)}"
+
+HELM := bin/tools/helm
+# The Kubernetes that helm renders for where it is not told; it would be 1.20.
+HELM_RENDERS_FOR := -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34
+
+$(HELM): hack/helm/go.mod hack/helm/go.sum
+	@echo "building helm (about two minutes the first time)"
+	@CGO_ENABLED=0 go -C hack/helm build -trimpath -ldflags '-s -w $(HELM_RENDERS_FOR)' -o $(CURDIR)/$@ helm.sh/helm/v3/cmd/helm
+	@touch $@
+
+.PHONY: deploy
+deploy: go-is-there $(HELM) ## render deploy/sluice.yaml and deploy/kustomize/ from the chart
+	@HELM=$(HELM) hack/render.sh
+
+.PHONY: deploy-check
+deploy-check: go-is-there $(HELM) ## test the chart and the image builder; fail if what is rendered from the chart differs
+	@HELM=$(HELM) hack/render.sh --check
+	@$(HELM) lint --strict deploy/chart
+	@go test -count=1 ./tests/deploy -deploy.helm=$(CURDIR)/$(HELM)
+	@go -C hack/image test -count=1 -timeout 20m ./...
+
 .PHONY: lint
 lint: go-is-there $(LINTER) ## check formatting, imports, Go and C style, and the scripts
 	$(DEPS) lint

@@ -94,6 +94,18 @@ func (a *apiServer) told(reason, text string) bool {
 	return false
 }
 
+// lastWords is the text of the last Event about a pod, if any.
+func (a *apiServer) lastWords(pod string) (text string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range a.events {
+		if e.InvolvedObject.Name == pod {
+			text = e.Message
+		}
+	}
+	return text
+}
+
 func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	status := a.status
