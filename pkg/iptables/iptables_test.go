@@ -20,7 +20,7 @@ func TestDefaultRules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := Istio(r, false, "")
+	got := Lean(Istio(r, false, ""))
 	const golden = "testdata/default.txt"
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -47,5 +47,22 @@ func TestOmitLeavesOutTheLinesOfOneNameOnly(t *testing.T) {
 	}
 	if strings.Contains(without, "-A ISTIO_OUTPUT -j ISTIO_REDIRECT") {
 		t.Error("O14 is there though it was to be left out")
+	}
+}
+
+func TestLeanKeepsEveryRule(t *testing.T) {
+	r := rules.Default()
+	r.DNS = true
+	r, err := r.Normalise()
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := Istio(r, false, "")
+	lean := Lean(whole)
+	if strings.Contains(lean, "*mangle") || !strings.Contains(lean, "*raw") || !strings.Contains(lean, ":ISTIO_OUTPUT_DNS") {
+		t.Errorf("want nat and raw, without mangle:\n%s", lean)
+	}
+	if was, is := strings.Count(whole, "-A "), strings.Count(lean, "-A "); was != is {
+		t.Errorf("%d of %d rules are left", is, was)
 	}
 }

@@ -1,0 +1,110 @@
+package bench
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+)
+
+// podCounts are how many pods are enrolled on a node.
+var podCounts = []int{1, 10, 100, 1000}
+
+func podsSections() []section {
+	return []section{{name: "pods", workloads: []string{"pods", "pod_memory"}, quick: 1, full: 2, open: openPods}}
+}
+
+// openPods makes one node for each count, side by side, so that connections with
+// one pod and with a thousand are compared within a round. In each a single pod
+// has processes. A quick run has the fewest and the most.
+func openPods(s *stage) ([]workload, error) {
+	counts := podCounts
+	if s.opts.Quick {
+		counts = []int{1, 1000}
+	}
+	pods := workload{name: "pods", rounds: 4 * s.opts.rounds(), ratios: podsRatios}
+	used := workload{name: "pod_memory", rounds: 1, cold: true}
+	all, bytes := fleet{}, map[string]float64{}
+	def := named(definitions(), sluice)
+	for _, count := range counts {
+		node, err := newNode()
+		if err != nil {
+			return nil, err
+		}
+		s.closing(node.Close)
+		on := *s
+		on.node, on.closers = node, nil
+		f, err := on.fleet(def, world{rules: rules.Default(), noFar: true}, (*backend).prove)
+		if err != nil {
+			return nil, err
+		}
+		s.closing(f.Close)
+		name := level(sluice, count)
+		all[name] = f[sluice]
+		pods.backends = append(pods.backends, name)
+		if count > 1 {
+			if bytes[name], err = s.fill(node, count-1); err != nil {
+				return nil, err
+			}
+			used.backends = append(used.backends, name)
+		}
+	}
+	pods.slice = func(name string) (sample, error) {
+		r, err := all[name].outbound().run(job{Kind: jobDial, Warm: warmConns, Count: turnConns, Size: echoBytes})
+		return sample{total: r.Total, connect: r.Connect}, err
+	}
+	used.slice = func(name string) (sample, error) { return sample{memory: {bytes[name]}}, nil }
+	used.ratios = func(r *Result, m *measured) {
+		for _, name := range m.workload.backends {
+			r.set(snake("pod_memory_"+name)+"_bytes", m.p50(name, memory))
+		}
+	}
+	return []workload{pods, used}, nil
+}
+
+// fill enrolls n more pods on a node and returns how many bytes of kernel memory
+// each took. Their namespaces are there before the first reading.
+func (s *stage) fill(n *node, count int) (bytes float64, err error) {
+	var sites []*site
+	s.closing(func() error {
+		var errs error
+		for _, site := range sites {
+			errs = errors.Join(errs, site.Close())
+		}
+		return errs
+	})
+	for range count {
+		if s.ctx.Err() != nil {
+			return 0, s.ctx.Err()
+		}
+		place, err := newSite(world{})
+		if err != nil {
+			return 0, fmt.Errorf("make %d pods: %w", count, err)
+		}
+		sites = append(sites, place)
+	}
+	before, err := kernelMemory()
+	if err != nil {
+		return 0, err
+	}
+	for _, place := range sites {
+		if _, err := n.datapath.Enroll(place.pod, datapath.Pod{Rules: rules.Default()}); err != nil {
+			return 0, err
+		}
+	}
+	time.Sleep(100 * time.Millisecond) // what the kernel frees meanwhile it frees by RCU
+	after, err := kernelMemory()
+	return (after - before) / float64(count), err
+}
+
+func podsRatios(r *Result, m *measured) {
+	for _, count := range podCounts[1:] {
+		name := level(sluice, count)
+		if slices.Contains(m.workload.backends, name) {
+			r.set(fmt.Sprintf("pods_%d_vs_1", count), over(m.p50(name, total), m.p50(level(sluice, 1), total)))
+		}
+	}
+}
