@@ -105,6 +105,7 @@ func namesOf(defs []definition) (out []string) {
 // backend is a definition brought to life: namespaces, and processes in them.
 type backend struct {
 	definition
+	node            *node
 	site            *site
 	app, proxy, far *process // far is nil where nobody needs it
 }
@@ -125,7 +126,7 @@ func (s *stage) start(def definition, w world) (*backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &backend{definition: def, site: place}
+	b := &backend{definition: def, node: s.node, site: place}
 	if err := b.start(s, w); err != nil {
 		return nil, errors.Join(fmt.Errorf("backend %s: %w", def.name, err), b.Close())
 	}
@@ -172,13 +173,18 @@ func (s *stage) cgroupOf(b *backend) string {
 	return s.node.plain
 }
 
-// Close ends the processes; the namespaces go with them.
+// Close ends the processes; the namespaces go with them. What Sluice has noted of
+// the pod is removed: the node's next pods are not to be beside dead ones.
 func (b *backend) Close() error {
 	var errs error
 	for _, p := range []*process{b.app, b.proxy, b.far} {
 		if p != nil {
 			errs = errors.Join(errs, p.Close())
 		}
+	}
+	if b.redirects() && b.role != rival && b.node.datapath != nil {
+		_, err := b.node.datapath.Unenroll(b.site.pod.Cookie(), b.site.pod)
+		errs = errors.Join(errs, err)
 	}
 	return errors.Join(errs, b.site.Close())
 }

@@ -40,7 +40,7 @@ func LastCPU() int { return runtime.NumCPU() - 1 }
 // as they live, by where their memory happens to be. So a run consists of
 // several incarnations, each with new namespaces, processes and programs.
 const (
-	quickRounds, quickIncarnations = 12, 6
+	quickRounds, quickIncarnations = 12, 5
 	fullRounds, fullIncarnations   = 24, 10
 )
 
@@ -155,15 +155,12 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 		}
 	}
 	for i := range opts.incarnations() {
-		for _, sec := range sections() {
-			if !sec.runs(opts, i) {
-				continue
-			}
-			opts.Progress(Progress{sec.name, done, of})
-			if err := play(ctx, opts, sec, i, all, result); err != nil {
-				return nil, err
-			}
+		err := incarnate(ctx, opts, i, all, result, func(name string) {
+			opts.Progress(Progress{name, done, of})
 			done++
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
 	opts.Progress(Progress{"done", done, of})
@@ -172,26 +169,40 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 	return result, nil
 }
 
-// play is one incarnation of one section.
-func play(ctx context.Context, opts Options, sec section, incarnation int, all series, result *Result) (err error) {
-	s := &stage{ctx: ctx, opts: opts, result: result}
-	defer func() { err = errors.Join(err, s.Close()) }()
-	if s.node, err = newNode(); err != nil {
+// incarnate plays each section once, on a node of their own.
+func incarnate(ctx context.Context, opts Options, incarnation int, all series, result *Result, starts func(name string)) (err error) {
+	node, err := newNode()
+	if err != nil {
 		return err
 	}
-	s.closing(s.node.Close)
+	defer func() { err = errors.Join(err, node.Close()) }()
+	for _, sec := range sections() {
+		if !sec.runs(opts, incarnation) {
+			continue
+		}
+		starts(sec.name)
+		s := &stage{ctx: ctx, opts: opts, node: node, result: result}
+		if err := errors.Join(s.play(sec, incarnation, all), s.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// play is one incarnation of one section.
+func (s *stage) play(sec section, incarnation int, all series) error {
 	workloads, err := sec.open(s)
 	if err != nil {
 		return fmt.Errorf("%s: %w", sec.name, err)
 	}
 	for _, w := range workloads {
-		if len(opts.Only) > 0 && !slices.Contains(opts.Only, w.name) || len(w.backends) == 0 {
+		if len(s.opts.Only) > 0 && !slices.Contains(s.opts.Only, w.name) || len(w.backends) == 0 {
 			continue
 		}
 		if w.rounds == 0 {
-			w.rounds = opts.rounds()
+			w.rounds = s.opts.rounds()
 		}
-		if err := w.measure(ctx, all.of(w), incarnation); err != nil {
+		if err := w.measure(s.ctx, all.of(w), incarnation); err != nil {
 			return err
 		}
 	}

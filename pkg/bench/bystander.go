@@ -18,7 +18,7 @@ func bystanderName(c call) string {
 }
 
 func bystanderSections() []section {
-	sec := section{name: "bystander", open: openBystander}
+	sec := section{name: "bystander", quick: 3, open: openBystander}
 	for _, c := range allCalls {
 		sec.workloads = append(sec.workloads, bystanderName(c))
 	}

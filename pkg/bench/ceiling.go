@@ -37,6 +37,7 @@ func openCeiling(s *stage) ([]workload, error) {
 
 func (s *stage) ceiling(def definition, name string, to netip.AddrPort) (_ sample, err error) {
 	s.node.ipv6 = true
+	defer func() { s.node.ipv6 = false }()
 	b, err := s.start(def, world{rules: rules.Default(), noFar: true, ipv6: true})
 	if err != nil {
 		if def.role == floor || def.role == ours {

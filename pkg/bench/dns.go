@@ -9,7 +9,7 @@ import (
 var dnsPort = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), rules.DefaultDNSPort)
 
 func dnsSections() []section {
-	return []section{{name: "dns", workloads: []string{"dns_query"}, quick: 3, open: openDNS}}
+	return []section{{name: "dns", workloads: []string{"dns_query"}, quick: 2, open: openDNS}}
 }
 
 // openDNS: a query by UDP to a server that does not exist, answered by the proxy's

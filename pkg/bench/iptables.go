@@ -76,30 +76,33 @@ func restoreBy(command string) func(*node, *netns.NetNS, rules.Rules) error {
 }
 
 // loadNft loads the same rules in nftables' own language, as iptables' translator
-// writes them.
-func loadNft(_ *node, ns *netns.NetNS, r rules.Rules) error {
-	text, err := nftText(ns, r)
+// writes them. It translates a text once: what is measured is loading it.
+func loadNft(n *node, ns *netns.NetNS, r rules.Rules) error {
+	text, err := istioText(r, false)
 	if err != nil {
 		return err
 	}
-	_, err = runIn(ns, text, "nft", "-f", "-")
+	translated, done := n.translated.Load(text)
+	if !done {
+		if translated, err = translate(ns, text); err != nil {
+			return err
+		}
+		n.translated.Store(text, translated)
+	}
+	_, err = runIn(ns, translated.(string), "nft", "-f", "-")
 	return err
 }
 
-func nftText(ns *netns.NetNS, r rules.Rules) (string, error) {
-	text, err := istioText(r, false)
-	if err != nil {
-		return "", err
-	}
-	text, err = runIn(ns, text, "iptables-restore-translate", "-f", "/dev/stdin")
+func translate(ns *netns.NetNS, text string) (string, error) {
+	out, err := runIn(ns, text, "iptables-restore-translate", "-f", "/dev/stdin")
 	if err != nil {
 		return "", err
 	}
 	// What it cannot translate it writes as a comment.
-	if strings.Contains(text, "# -t ") {
+	if strings.Contains(out, "# -t ") {
 		return "", errors.New("iptables-restore-translate left a rule out")
 	}
-	return text, nil
+	return out, nil
 }
 
 // saveRules writes what the kernel holds of a backend's rules into a directory,

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,7 @@ type node struct {
 	mounted      bool
 	ipv6         bool // backends redirect IPv6 too
 	datapath     *datapath.Datapath
+	translated   sync.Map // texts of iptables-restore -> those of nft
 }
 
 // nodes tells the cgroups of one process apart.

@@ -30,13 +30,14 @@ func openPods(s *stage) ([]workload, error) {
 	all, bytes := fleet{}, map[string]float64{}
 	def := named(definitions(), sluice)
 	for _, count := range counts {
-		node, err := newNode()
-		if err != nil {
-			return nil, err
+		on := *s // the pod that is alone is on the run's own node
+		if count > 1 {
+			var err error
+			if on.node, err = newNode(); err != nil {
+				return nil, err
+			}
+			s.closing(on.node.Close)
 		}
-		s.closing(node.Close)
-		on := *s
-		on.node, on.closers = node, nil
 		f, err := on.fleet(def, world{rules: rules.Default(), noFar: true}, (*backend).prove)
 		if err != nil {
 			return nil, err
@@ -46,7 +47,7 @@ func openPods(s *stage) ([]workload, error) {
 		all[name] = f[sluice]
 		pods.backends = append(pods.backends, name)
 		if count > 1 {
-			if bytes[name], err = s.fill(node, count-1); err != nil {
+			if bytes[name], err = s.fill(on.node, count-1); err != nil {
 				return nil, err
 			}
 			used.backends = append(used.backends, name)

@@ -10,7 +10,7 @@ import (
 
 func setupSections() []section {
 	return []section{
-		{name: "enroll", workloads: []string{"enroll"}, open: openEnroll},
+		{name: "enroll", workloads: []string{"enroll"}, quick: 3, open: openEnroll},
 		{name: "pod set-up", workloads: []string{"enroll_100", "cni_add", "cni_add_100"}, quick: -1, full: 3, open: openSetup},
 	}
 }
