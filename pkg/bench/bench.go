@@ -107,7 +107,7 @@ func (o Options) check() error {
 
 // stage is where one incarnation of one section plays.
 type stage struct {
-	ctx     context.Context //nolint:containedctx // it lives as long as the context
+	ctx     context.Context
 	opts    Options
 	node    *node
 	result  *Result

@@ -118,14 +118,27 @@ func (s *stage) holdMany(b *backend, to netip.AddrPort, one bool) (got int, fail
 		}
 		got += held.Done
 		failure = held.Failure
-		if want := served.Accepted; b.redirects() && served.Answered != want || !b.redirects() && served.Answered > 0 || want != held.Done {
-			return got, "", fmt.Errorf("of %d connections %d were accepted, and of %d SO_ORIGINAL_DST told the destination (%s)", held.Done, want, served.Answered, served.Refused)
+		if err := servedRight(b, held, served); err != nil {
+			return got, "", err
 		}
 		for i := 0; i < held.Done && !one; i++ {
 			to = netip.AddrPortFrom(to.Addr().Next(), to.Port())
 		}
 	}
 	return got, failure, nil
+}
+
+// servedRight says whether the stand-in accepted all that the app holds, and was
+// told the destination of each, or of none without redirection.
+func servedRight(b *backend, held, served reply) error {
+	answers := 0
+	if b.redirects() {
+		answers = served.Accepted
+	}
+	if served.Accepted < held.Done || served.Answered != answers {
+		return fmt.Errorf("of %d connections %d were accepted, and SO_ORIGINAL_DST answered %d times, want %d (%s)", held.Done, served.Accepted, served.Answered, answers, served.Refused)
+	}
+	return nil
 }
 
 // listenerOf is the stand-in's listener on the outbound port, by a descriptor of

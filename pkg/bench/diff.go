@@ -45,7 +45,9 @@ func DifferenceTable(all []Difference) report.Rows {
 	out := report.Rows{Head: []string{"RATIO", "A", "B", "CHANGE", "P"}, Empty: "the two results have no ratio in common"}
 	for _, d := range all {
 		format := ratioFormat(d.Name)
-		side := func(v float64, in [2]float64) string { return fmt.Sprintf(format+" ("+format+" to "+format+")", v, in[0], in[1]) }
+		side := func(v float64, in [2]float64) string {
+			return fmt.Sprintf(format+" ("+format+" to "+format+")", v, in[0], in[1])
+		}
 		change, p := "~", "-"
 		if !d.Alike {
 			change = fmt.Sprintf("%+.1f %%", 100*(d.B/d.A-1))

@@ -148,8 +148,12 @@ func (s *stage) haproxies(b *backend, dir string) error {
 	if b.redirects() {
 		return nil
 	}
-	if through, err := passes(app, webServer); err != nil || through {
-		return fmt.Errorf("backend %s: nothing should redirect requests to %s, but they pass the proxy (%v)", b.name, webServer, err)
+	through, err := passes(app, webServer)
+	if err != nil {
+		return fmt.Errorf("backend %s: ask without the proxy: %w", b.name, err)
+	}
+	if through {
+		return fmt.Errorf("backend %s: nothing should redirect requests to %s, but they pass the proxy", b.name, webServer)
 	}
 	return nil
 }

@@ -22,6 +22,9 @@ func hold(j job) (reply, error) {
 	to := j.Addr.Addr()
 	for range j.Count {
 		fd, err := dialTo(netip.AddrPortFrom(to, j.Addr.Port()))
+		if errors.Is(err, unix.EINPROGRESS) {
+			err = fmt.Errorf("connect: no answer within %s", patience)
+		}
 		if err != nil {
 			out.Failed, out.Failure = 1, err.Error()
 			return out, nil
@@ -35,8 +38,8 @@ func hold(j job) (reply, error) {
 	return out, nil
 }
 
-// idle is how long serveHold waits for another connection.
-const idle = 2 * time.Second
+// idle is how long serveHold waits for another connection, longer than dialTo does.
+const idle = patience + 3*time.Second
 
 // serveHold accepts and keeps. Every connection must say where it was going:
 // Answered counts those that did, of Accepted.
@@ -104,8 +107,11 @@ func query(j job) (reply, error) {
 			return reply{}, err
 		}
 		whole, err := rawRead(fd, buf)
-		if err != nil || !whole || binary.BigEndian.Uint32(buf) != uint32(i) {
-			return reply{}, fmt.Errorf("query %d to %s was not answered (%v)", i, j.Addr, err)
+		if err != nil {
+			return reply{}, fmt.Errorf("query %d to %s was not answered: %w", i, j.Addr, err)
+		}
+		if !whole || binary.BigEndian.Uint32(buf) != uint32(i) {
+			return reply{}, fmt.Errorf("query %d to %s was answered with another's answer", i, j.Addr)
 		}
 		if after := time.Since(start); i >= j.Warm {
 			times = append(times, float64(after-before))

@@ -55,6 +55,10 @@ func processCPU() float64 {
 	return float64(ts.Nano())
 }
 
+// patience is how long dialTo waits for an answer: EINPROGRESS says that none came.
+// Where NAT has no tuple left, SYNs vanish.
+const patience = 5 * time.Second
+
 // dialTo connects a new socket.
 func dialTo(to netip.AddrPort) (int, error) {
 	family, name := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
@@ -67,7 +71,12 @@ func dialTo(to netip.AddrPort) (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("socket: %w", err)
 	}
-	if err := unix.Connect(fd, name); err != nil {
+	limit := unix.NsecToTimeval(int64(patience))
+	err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit)
+	if err == nil {
+		err = unix.Connect(fd, name)
+	}
+	if err != nil {
 		unix.Close(fd)
 		return -1, fmt.Errorf("connect: %w", err)
 	}

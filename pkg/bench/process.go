@@ -16,8 +16,9 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
-// jobLimit is how long any job may take: most are milliseconds long.
-const jobLimit = 60 * time.Second
+// jobLimit is how long any job may take: most are milliseconds long, but
+// where NAT has few tuples left it searches long for each.
+const jobLimit = 5 * time.Minute
 
 // process is a worker as its parent sees it.
 type process struct {
