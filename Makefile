@@ -106,14 +106,21 @@ FUZZTIME ?= 30s
 fuzz: go-is-there ## run every fuzz target for FUZZTIME (30s each)
 	@FUZZTIME=$(FUZZTIME) hack/fuzz.sh
 
-# More flags for the benchmark, such as BENCHFLAGS=--quick.
+# More flags for the benchmark, such as BENCHFLAGS=--quick, and where it writes.
 BENCHFLAGS ?=
+BENCH_OUT ?= bench-out
 
 .PHONY: bench
-bench: root go-is-there ## measure Sluice beside iptables and no mesh, into bench-out/ (root, 5 minutes)
-	$(DEPS) test
+bench: root go-is-there ## measure Sluice beside iptables, nftables and no mesh, into bench-out/ (root, under 20 minutes)
+	$(DEPS) bench
 	@$(MAKE) build
-	bin/sluicectl bench --out bench-out $(BENCHFLAGS)
+	bin/sluicectl bench --out $(BENCH_OUT) $(BENCHFLAGS)
+
+.PHONY: bench-check
+bench-check: root go-is-there ## measure quickly, and fail if a ratio leaves its band (docs/benchmark.md) (root)
+	$(DEPS) bench
+	@$(MAKE) build
+	bin/sluicectl bench --quick --check --out $(BENCH_OUT) $(BENCHFLAGS)
 
 .PHONY: vm
 vm: root go-is-there ## run the datapath tests under another kernel in qemu: make vm KERNEL=6.1
