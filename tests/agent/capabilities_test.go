@@ -49,12 +49,17 @@ func declared(t *testing.T) []string {
 	return out
 }
 
+// sealed makes /proc/sys read-only, as it is in a container.
+const sealed = `mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "$@"`
+
 // confine has a daemon run as its container does: root, with these capabilities
-// and no way to more. Before names a program that runs it, with its arguments.
-func confine(t *testing.T, capabilities []string, before ...string) func(*exec.Cmd) {
+// and no way to more, and a read-only /proc/sys. More is what unshare is to do
+// besides.
+func confine(t *testing.T, capabilities []string, more ...string) func(*exec.Cmd) {
 	t.Helper()
 	bounds := "-all,+" + strings.Join(capabilities, ",+")
-	args := append(before, "setpriv", "--inh-caps=-all", "--bounding-set="+bounds, "--no-new-privs")
+	args := append([]string{"unshare", "--mount"}, more...)
+	args = append(args, "sh", "-c", sealed, "sh", "setpriv", "--inh-caps=-all", "--bounding-set="+bounds, "--no-new-privs")
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		t.Fatal(err)
@@ -173,7 +178,7 @@ func (d *daemon) whyNotReady() (why string) {
 		if !d.ended {
 			d.ended = true
 			_ = d.cmd.Process.Kill()
-			<-ended
+			_ = <-ended
 		}
 	})
 	within(40*time.Second, func() bool {
@@ -221,8 +226,23 @@ func TestTheDaemonWorksWithTheCapabilitiesOfTheManifestAndFailsWithoutEach(t *te
 }
 
 func TestTheDaemonNeedsTheHostsProcesses(t *testing.T) {
-	inside := confine(t, declared(t), "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+	inside := confine(t, declared(t), "--pid", "--fork", "--kill-child", "--mount-proc")
 	wantFailure(t, followsPod, inside)
+}
+
+// What docs/security.md says of a pod in TPROXY mode.
+func TestAPodThatNeedsSysctlsIsNotRepairedAndAnEventSaysWhy(t *testing.T) {
+	n := newNode(t)
+	p := kit.NewPod(t)
+	const uid = "0a1b2c3d-0000-4000-8000-00000000000d"
+	runsBefore(t, p, "kubepods-pod"+strings.ReplaceAll(uid, "-", "_")+".slice")
+	if why := n.startAs(confine(t, declared(t))).whyNotReady(); why != "" {
+		t.Fatal(why)
+	}
+	n.api.put("shop", uid, injected("sidecar.istio.io/interceptionMode", "TPROXY"))
+	kit.Eventually(t, "an Event says why", func() bool {
+		return strings.Contains(n.api.lastWords("shop"), "cannot be redirected") && strings.Contains(n.api.lastWords("shop"), "read-only file system")
+	})
 }
 
 func wantFailure(t *testing.T, want string, change func(*exec.Cmd)) {

@@ -90,7 +90,7 @@ func TestValuesReachTheDaemonSet(t *testing.T) {
 		"daemon.maxUnavailable=10%", "daemon.podLabels.k8s-app=istio-cni-node", "daemon.listen=node",
 		"daemon.seccompProfile.type=Localhost", "daemon.seccompProfile.localhostProfile=sluice.json",
 		"daemon.appArmorProfile.type=RuntimeDefault", "daemon.seLinuxOptions.type=super_t", "daemon.extraCapabilities={DAC_OVERRIDE}",
-		"resourceQuota.enabled=true", "repair.resetConnections=true", "uninstall.runningPods=direct", "mesh.excludedNamespaces={kube-system,gatekeeper}",
+		"resourceQuota.enabled=true", "repair.resetConnections=true", "uninstall.runningPods=direct", "daemon.maxPods=300", "mesh.excludedNamespaces={kube-system,gatekeeper}",
 	}, ","))
 	set := one[*appsv1.DaemonSet](t, m)
 	pod := set.Spec.Template.Spec
@@ -107,6 +107,7 @@ func TestValuesReachTheDaemonSet(t *testing.T) {
 		"SELinux":                        pod.SecurityContext.SELinuxOptions.Type == "super_t",
 		"one more capability":            slices.Contains(c.SecurityContext.Capabilities.Add, "DAC_OVERRIDE"),
 		"connections are reset":          slices.Contains(c.Args, "--repair-reset-connections"),
+		"three hundred pods":             argument(pod, "--max-pods=") == "300",
 		"running pods go direct":         argument(pod, "--uninstall-running-pods=") == "direct",
 		"namespaces are excluded":        argument(pod, "--exclude-namespaces=") == "kube-system,gatekeeper,sluice-system",
 	} {
