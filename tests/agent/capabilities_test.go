@@ -178,7 +178,9 @@ func (d *daemon) whyNotReady() (why string) {
 		if !d.ended {
 			d.ended = true
 			_ = d.cmd.Process.Kill()
-			_ = <-ended
+			if err := <-ended; err == nil {
+				d.t.Log("the daemon ended by itself")
+			}
 		}
 	})
 	within(40*time.Second, func() bool {
