@@ -47,8 +47,7 @@ func (r *Result) drawCharts(dir string) ([]chart, error) {
 	for _, c := range charts {
 		p := plot.New()
 		p.Title.Text = c.title
-		p.Y.Min = 0
-		p.Legend.Top = true
+		p.Legend.Top, p.Legend.Left, p.Legend.XOffs = true, true, vg.Points(10)
 		drawn, err := c.draw(r, p)
 		if err != nil {
 			return nil, fmt.Errorf("draw %s: %w", c.name, err)
@@ -72,8 +71,8 @@ func (r *Result) drawCharts(dir string) ([]chart, error) {
 	return out, nil
 }
 
-// bars are groups of workloads, with a bar for each backend and the 95 % interval
-// as a line on it.
+// bars are groups of workloads, with a bar for each backend. The intervals are in
+// the tables: most are narrower than a line.
 func (r *Result) bars(p *plot.Plot, unit string, what metric, workloads ...string) (bool, error) {
 	const width = 8
 	p.Y.Label.Text = unit
@@ -103,10 +102,12 @@ func (r *Result) bars(p *plot.Plot, unit string, what metric, workloads ...strin
 		p.Legend.Add(d.name, bars)
 	}
 	p.NominalX(workloads...)
+	p.X.Min, p.X.Max = -0.5, float64(len(workloads))-0.5
+	leaveRoom(p, len(shown))
 	return len(shown) > 0, nil
 }
 
-// lines are a workload's backends against a count, both with the 95 % interval.
+// lines are a workload's backends against a count, with the 95 % intervals.
 func (r *Result) lines(p *plot.Plot, workload, label string, counts []int) (bool, error) {
 	p.X.Label.Text, p.Y.Label.Text = label, "microseconds, median"
 	p.X.Scale, p.X.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
@@ -138,8 +139,15 @@ func (r *Result) lines(p *plot.Plot, workload, label string, counts []int) (bool
 		p.Legend.Add(d.name, line)
 		drawn = true
 	}
-	p.Y.Min = 0 // what does not start at nothing exaggerates
+	leaveRoom(p, 5)
 	return drawn, nil
+}
+
+// leaveRoom keeps the legend, of so many lines, above what is drawn. The axis
+// starts at nothing: what does not exaggerates.
+func leaveRoom(p *plot.Plot, lines int) {
+	p.Y.Min = 0
+	p.Y.Max *= 1 + 0.07*float64(lines)
 }
 
 type errorPoints struct {

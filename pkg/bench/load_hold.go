@@ -16,12 +16,15 @@ func portOf(sa unix.RawSockaddrInet4) int {
 }
 
 // hold opens connections to successive addresses and keeps them for as long as
-// the process lives. The first that fails ends it, which is no error.
+// the process lives. The first that fails ends it, which is no error. So does a
+// hundred that together take longer than patience: NAT with few tuples left
+// searches ever longer for one.
 func hold(j job) (reply, error) {
+	const hundred = 100
 	var out reply
-	to := j.Addr.Addr()
+	to, since := j.Addr.Addr(), time.Now()
 	for range j.Count {
-		fd, err := dialTo(netip.AddrPortFrom(to, j.Addr.Port()))
+		_, err := dialTo(netip.AddrPortFrom(to, j.Addr.Port())) // and never closed
 		if errors.Is(err, unix.EINPROGRESS) {
 			err = fmt.Errorf("connect: no answer within %s", patience)
 		}
@@ -29,8 +32,13 @@ func hold(j job) (reply, error) {
 			out.Failed, out.Failure = 1, err.Error()
 			return out, nil
 		}
-		_ = fd // kept
-		out.Done++
+		if out.Done++; out.Done%hundred == 0 {
+			if took := time.Since(since); took > patience {
+				out.Failed, out.Failure = 1, fmt.Sprintf("%d connections took %s", hundred, took.Round(time.Second/10))
+				return out, nil
+			}
+			since = time.Now()
+		}
 		if !j.Same {
 			to = to.Next()
 		}

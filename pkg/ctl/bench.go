@@ -46,6 +46,8 @@ order: compare within one run, by the ratios.`,
 	f.IntVar(&opts.CPU, "cpu", opts.CPU, "CPU that clients and servers share")
 	f.StringVar(&opts.Out, "out", "bench-out", "directory for bench.json, bench.md, the charts and the rules that were loaded")
 	f.BoolVar(&check, "check", false, "then judge by the bands of docs/benchmark.md: exit status 1 if one is left, or if the check does not notice a delay")
+	f.DurationVar(&opts.Delay, "delay", 0, "make Sluice's proxy stand-in slower by this, to see that it is seen")
+	cobra.CheckErr(f.MarkHidden("delay"))
 	cmd.AddCommand(newBenchWorker(c), newBenchCompare(c))
 	return cmd
 }
