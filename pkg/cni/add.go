@@ -12,6 +12,7 @@ import (
 	types020 "github.com/containernetworking/cni/pkg/types/020"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
@@ -22,11 +23,11 @@ import (
 // printResult passes the previous plugin's result on, in the version asked for.
 func (c *call) printResult() error {
 	if c.config.PrevResult != nil {
-		if was, _ := c.config.RawPrevResult["cniVersion"].(string); was != c.config.CNIVersion {
+		if was, _ := c.config.before["cniVersion"].(string); was != c.config.CNIVersion {
 			return types.PrintResult(c.config.PrevResult, c.config.CNIVersion)
 		}
 		// As it came, with what this version of the library may not know.
-		if err := json.NewEncoder(os.Stdout).Encode(c.config.RawPrevResult); err != nil {
+		if err := json.NewEncoder(os.Stdout).Encode(c.config.before); err != nil {
 			return types.NewError(types.ErrIOFailure, "the result cannot be printed", err.Error())
 		}
 		return nil
@@ -70,7 +71,7 @@ func add(ctx context.Context, c *call) error {
 		return nil
 	}
 	log := c.log.WithField("pod", pod.Namespace+"/"+pod.Name)
-	ns, err := os.Open(c.args.Netns)
+	ns, err := os.OpenFile(c.args.Netns, os.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO would have us wait for its writer
 	if err != nil {
 		return types.NewError(types.ErrInvalidNetNS, "the pod's network namespace cannot be opened", err.Error())
 	}

@@ -7,6 +7,7 @@ package cni
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -39,6 +40,8 @@ type config struct {
 	LogFile       string   `json:"logFile"`
 	OwnPod        ownPod   `json:"ownPod"`
 	RuntimeConfig *runtime `json:"runtimeConfig"`
+
+	before map[string]any // the previous plugin's result as it came
 }
 
 // ownPod names the daemon's own pods, which must never wait for the daemon.
@@ -65,6 +68,7 @@ func (c *config) parsePrevResult() error {
 	if c.RawPrevResult == nil {
 		return nil
 	}
+	c.before = maps.Clone(c.RawPrevResult) // the library changes and forgets it
 	if err := version.ParsePrevResult(&c.PluginConf); err != nil {
 		return types.NewError(types.ErrDecodingFailure, "the previous plugin's result cannot be read", err.Error())
 	}

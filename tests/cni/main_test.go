@@ -138,7 +138,7 @@ func (n *node) daemon(answer func(agentapi.Request) agentapi.Answer) {
 		n.mu.Lock()
 		n.seen = append(n.seen, r)
 		n.mu.Unlock()
-		if r.Verb != agentapi.Add {
+		if r.Verb != agentapi.Add && r.Verb != agentapi.Check {
 			return agentapi.Answer{}
 		}
 		return answer(r)

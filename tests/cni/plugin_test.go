@@ -201,32 +201,6 @@ func TestGCTouchesItsOwnNetworksAttachmentsOnly(t *testing.T) {
 	}
 }
 
-func TestCHECKFindsWhatIsMissing(t *testing.T) {
-	n := newNode(t)
-	n.daemon(enrolls)
-	list := n.network("net", "1.0.0")
-	p := kit.NewPod(t)
-	rt := sandbox(p, "c1", "eth0", injected())
-	check := func() error { return n.libcni.CheckNetworkList(t.Context(), list, rt) }
-	n.mustAdd(list, rt)
-	if err := check(); err != nil {
-		t.Error(err)
-	}
-	if _, err := n.d.Unenroll(p.Cookie(), p.NetNS); err != nil {
-		t.Fatal(err)
-	}
-	if err := check(); err == nil || !strings.Contains(err.Error(), "not as it should be") {
-		t.Error("CHECK of a pod that is not enrolled any more:", err)
-	}
-}
-
-func TestSTATUSDoesNotFailForWantOfADaemon(t *testing.T) {
-	n := newNode(t)
-	if err := n.libcni.GetStatusNetworkList(t.Context(), n.network("net", "1.1.0")); err != nil {
-		t.Error(err)
-	}
-}
-
 func code(err error) uint {
 	var e *types.Error
 	if errors.As(err, &e) {
@@ -341,15 +315,5 @@ func TestManyADDsAtOnce(t *testing.T) {
 	wait.Wait()
 	if n.attachments() != 0 {
 		t.Error(n.attachments(), "attachments are left")
-	}
-}
-
-func TestBrokenStdinIsAnErrorOfTheSpecification(t *testing.T) {
-	n := newNode(t)
-	for _, stdin := range []string{"", "{", "[]", `{"cniVersion":"1.0.0","name":"x","type":"sluice-cni","prevResult":7}`, `{"cniVersion":"9.9.9","name":"x","type":"sluice-cni"}`} {
-		out, err := n.raw(t, "ADD", stdin)
-		if err == nil || !strings.Contains(out, `"code"`) || strings.Contains(out, "goroutine") {
-			t.Errorf("%q: %v, %s", stdin, err, out)
-		}
 	}
 }

@@ -6,23 +6,10 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
-	"strings"
-	"testing"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/vishvananda/netlink"
 )
-
-// raw runs the plugin without libcni.
-func (n *node) raw(t *testing.T, verb, stdin string) (stdout string, err error) {
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, pluginName))
-	cmd.Env = append(cmd.Environ(), "CNI_COMMAND="+verb, "CNI_CONTAINERID=c1", "CNI_NETNS=/proc/self/ns/net", "CNI_IFNAME=eth0", "CNI_PATH="+n.dir)
-	cmd.Stdin = strings.NewReader(stdin)
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	err = cmd.Run()
-	return out.String(), err
-}
 
 // gc asks the plugin to collect what is not this one attachment.
 func (n *node) gc(list *libcni.NetworkConfigList, container, ifname string) error {

@@ -26,7 +26,7 @@ func (n *node) kernelState(p *kit.Pod) []string {
 			return err
 		}
 		out = append(out, "pin "+path)
-		if filepath.Base(filepath.Dir(path)) != "maps" {
+		if e.IsDir() || filepath.Base(filepath.Dir(path)) != "maps" {
 			return nil
 		}
 		keys, err := mapKeys(path)
