@@ -6,7 +6,6 @@ import (
 	"maps"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
@@ -87,15 +86,11 @@ func (r *reconciler) adopt() error {
 // sweep un-enrols the namespaces that are gone. Attachments of namespaces that are
 // not enrolled go the second time they are seen, for an ADD may be under way.
 func (r *reconciler) sweep() error {
-	gone, err := r.node.Sweep()
-	for _, p := range gone {
-		r.metrics.swept.Inc()
-		r.log.WithFields(logrus.Fields{fieldPod: p.Namespace + "/" + p.Name, fieldUID: p.UID, fieldCookie: p.Cookie}).Info("a network namespace is gone; its pod is un-enrolled")
-	}
+	swept, err := r.node.Sweep()
+	r.metrics.swept.Add(float64(len(swept.Gone)))
 	living := map[uint64]bool{}
-	left, listErr := r.node.Pods()
-	for _, p := range left {
-		living[p.Cookie] = true
+	for _, cookie := range swept.Left {
+		living[cookie] = true
 	}
 	strays, strayErr := r.node.Strays()
 	now, again := map[uint64]struct{}{}, []uint64{}
@@ -107,13 +102,15 @@ func (r *reconciler) sweep() error {
 		}
 	}
 	r.strays = now
-	maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
+	if err == nil {
+		maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
+	}
 	r.mu.Unlock()
 	if len(again) > 0 {
 		r.log.WithField(fieldCount, len(again)).Info("attachments of namespaces that are not enrolled are dropped")
 		strayErr = errors.Join(strayErr, r.node.DropStrays(again))
 	}
-	if err := errors.Join(err, listErr, strayErr); err != nil {
+	if err := errors.Join(err, strayErr); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	return nil

@@ -127,7 +127,7 @@ func (n *fakeNode) DropStrays(cookies []uint64) error {
 	return nil
 }
 func (n *fakeNode) CheckPod(uint64) error               { return nil }
-func (n *fakeNode) Sweep() ([]datapath.PodInfo, error)  { return nil, nil }
+func (n *fakeNode) Sweep() (datapath.Swept, error)      { return datapath.Swept{}, nil }
 func (n *fakeNode) Stats() ([]datapath.StatInfo, error) { return n.stats, nil }
 func (n *fakeNode) Features() datapath.Features         { return datapath.Features{SetRetval: true, TCX: true} }
 func (n *fakeNode) Fill() ([]datapath.Fill, error) {

@@ -19,7 +19,7 @@ type node interface {
 	InForce(cookie uint64, r rules.Rules) (datapath.Force, bool, error)
 	Settle(cookie uint64) error
 	CheckPod(cookie uint64) error
-	Sweep() ([]datapath.PodInfo, error)
+	Sweep() (datapath.Swept, error)
 	Strays() ([]uint64, error)
 	DropStrays(cookies []uint64) error
 	Stats() ([]datapath.StatInfo, error)
@@ -41,31 +41,56 @@ type kernelNode struct{ *datapath.Datapath }
 var errNotFound = errors.New("no process or name leads to the pod's network namespace")
 
 // byCookie opens a living namespace for the time of a call.
-func byCookie(cookie uint64, do func(*netns.NetNS) error) error {
-	path, ok := netns.ByCookie()[cookie]
-	if !ok {
-		return errNotFound
-	}
-	ns, err := netns.Open(path)
+func (n kernelNode) byCookie(cookie uint64, do func(*netns.NetNS) error) error {
+	ns, found, err := n.Namespace(cookie)
 	if err != nil {
 		return err
 	}
-	defer ns.Close()
-	if ns.Cookie() != cookie { // the process has ended, and its number is another's
+	if !found {
 		return errNotFound
 	}
+	defer ns.Close()
 	return do(ns)
 }
 
 func (n kernelNode) Change(cookie uint64, pod datapath.Pod) error {
-	return byCookie(cookie, func(ns *netns.NetNS) error {
+	return n.byCookie(cookie, func(ns *netns.NetNS) error {
 		_, err := n.Enroll(ns, pod)
 		return err
 	})
 }
 
+// InForce is the datapath's, which compares IDs as the machine sees them, for
+// rules with the IDs that the pod sees: they differ in a user namespace.
+func (n kernelNode) InForce(cookie uint64, r rules.Rules) (datapath.Force, bool, error) {
+	force, found, err := n.Datapath.InForce(cookie, r)
+	if err != nil || !found || force.Follows {
+		return force, found, err
+	}
+	normal, err := r.Normalise()
+	if err != nil {
+		return force, found, err
+	}
+	err = n.byCookie(cookie, func(ns *netns.NetNS) error {
+		ids, err := ns.IDs()
+		if err != nil || !ids.Own() {
+			return err
+		}
+		seen, err := normal.Translate(ids.UID, ids.GID)
+		if err != nil {
+			return err
+		}
+		force, found, err = n.Datapath.InForce(cookie, seen)
+		return err
+	})
+	if errors.Is(err, errNotFound) {
+		err = nil // nobody translates; who changes the rules is told
+	}
+	return force, found, err
+}
+
 func (n kernelNode) Leave(cookie uint64) error {
-	return byCookie(cookie, func(ns *netns.NetNS) error {
+	return n.byCookie(cookie, func(ns *netns.NetNS) error {
 		_, err := n.Unenroll(cookie, ns)
 		return err
 	})
