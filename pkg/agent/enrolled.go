@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -69,6 +70,22 @@ func (r *reconciler) readPods() (map[string][]enrolled, error) {
 	return out, nil
 }
 
+// judgeDoubts has every pod looked at that is enrolled provisionally.
+func (r *reconciler) judgeDoubts() error {
+	all, err := r.readPods()
+	if err != nil {
+		return err
+	}
+	for _, pods := range all {
+		for _, e := range pods {
+			if e.provisional {
+				r.queue.Add(task(e.Namespace + "/" + e.Name))
+			}
+		}
+	}
+	return nil
+}
+
 // adopt says what the daemon found at its start. Up has completed or un-enrolled
 // what could not stay as it was.
 func (r *reconciler) adopt() error {
@@ -79,6 +96,11 @@ func (r *reconciler) adopt() error {
 	if len(pods) > 0 {
 		r.log.WithField(fieldCount, len(pods)).Info("adopted the pods that are enrolled")
 	}
+	if r.config.ResetConnections {
+		if err := netns.CanReset(); err != nil {
+			r.log.WithError(err).Warn("open connections of repaired pods stay as they are")
+		}
+	}
 	r.queue.Add(taskSweep)
 	return nil
 }
@@ -86,6 +108,13 @@ func (r *reconciler) adopt() error {
 // sweep un-enrols the namespaces that are gone. Attachments of namespaces that are
 // not enrolled go the second time they are seen, for an ADD may be under way.
 func (r *reconciler) sweep() error {
+	if err := r.node.StillUp(); errors.Is(err, datapath.ErrNotUp) {
+		select {
+		case r.lost <- err:
+		default: // it has been said
+		}
+		return nil
+	}
 	swept, err := r.node.Sweep()
 	r.metrics.swept.Add(float64(len(swept.Gone)))
 	living := map[uint64]bool{}
