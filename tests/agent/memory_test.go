@@ -79,7 +79,10 @@ func TestAThousandInjectedPodsFitInTheDaemonsMemory(t *testing.T) {
 		t.Logf("a pod has %d bytes", each)
 	}
 	d := n.start().awaitReady() // looks for each to repair it, and says an Event
-	n.mustAdd(p, "cart-7", "0a1b2c3d-0000-4000-8000-000000000007", nil)
+	kit.Eventually(t, "the pods are known", func() bool { // until then a runtime tries again
+		_, err := n.add(p, "cart-7", "0a1b2c3d-0000-4000-8000-000000000007", nil)
+		return err == nil
+	})
 	if yes, doubt := n.enrolled(p); !yes || doubt {
 		t.Fatal("the daemon does not know the pods: enrolled:", yes, "in doubt:", doubt)
 	}
@@ -93,5 +96,22 @@ func TestAThousandInjectedPodsFitInTheDaemonsMemory(t *testing.T) {
 	t.Logf("at rest: %d KiB, at its worst: %d KiB", now>>10, peak>>10)
 	if now > memoryLimit || peak > memoryLimit {
 		t.Errorf("resident are %d bytes, at the worst %d, and the limit is %d", now, peak, memoryLimit)
+	}
+}
+
+func TestANodeHoldsAsManyPodsAsItIsTold(t *testing.T) {
+	n := newNode(t)
+	n.start("--max-pods", "2").awaitReady()
+	var out string
+	var err error
+	for i := range 3 {
+		p, uid := kit.NewPod(t), fmt.Sprintf("u%d", i)
+		n.api.put("cart-"+uid, uid, injected(), func(p *corev1.Pod) { p.Status = corev1.PodStatus{Phase: corev1.PodPending} })
+		if out, err = n.add(p, "cart-"+uid, uid, nil); err != nil && i < 2 {
+			t.Fatalf("pod %d: %v %s", i, err, out)
+		}
+	}
+	if err == nil || !strings.Contains(out, "the table is full: ") || !strings.Contains(out, "or give the node larger tables") {
+		t.Errorf("the third of two pods: %v %s", err, out)
 	}
 }
