@@ -59,6 +59,8 @@ To remove redirection from a node: sluicectl down`,
 	f.StringVar(&config.Cgroup, "cgroup", "", "cgroup2 directory whose processes are seen (default: the true root of cgroup2)")
 	f.StringVar(&config.Listen, "listen", config.Listen, "address of /metrics, /healthz and /readyz; empty: none")
 	f.StringVar((*string)(&config.Repair), "repair", string(config.Repair), "what to do with a pod that has a sidecar and runs outside the mesh: repair (enroll it as it runs), label, delete or off")
+	f.BoolVar(&config.ResetConnections, "repair-reset-connections", false, "close the connections that an app has open when its pod is enrolled as it runs, for it to open them again through its proxy")
+	f.Uint32Var(&config.MaxPods, "max-pods", config.MaxPods, "how many enrolled pods the tables hold")
 	f.DurationVar(&config.Resync, "resync", config.Resync, "how often everything is compared with what should be")
 	f.StringSliceVar(&config.Mesh.ExcludedNamespaces, "exclude-namespaces", config.Mesh.ExcludedNamespaces, "namespaces whose pods are never enrolled")
 	f.StringVar((*string)(&config.Mesh.Mode), "interception-mode", string(rules.Redirect), "of pods that do not say: REDIRECT or TPROXY")

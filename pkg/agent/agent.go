@@ -122,8 +122,21 @@ func (a *Agent) own(ctx context.Context) (*agentapi.Lock, error) {
 	return lock, err
 }
 
-// live brings the datapath up and works with it, until the context ends.
+// live brings the datapath up and works with it, until the context ends, and does
+// so again when what is pinned is gone: somebody has emptied the bpffs or mounted
+// another.
 func (a *Agent) live(ctx context.Context) error {
+	for {
+		err := a.liveOnce(ctx)
+		if !errors.Is(err, datapath.ErrNotUp) {
+			return err
+		}
+		a.ready.block(partDatapath, err.Error())
+		a.log.WithError(err).Error("what was pinned is gone, and with it every redirection; making it anew")
+	}
+}
+
+func (a *Agent) liveOnce(ctx context.Context) error {
 	d, err := a.bringUp(ctx)
 	if err != nil {
 		return err
@@ -155,7 +168,11 @@ func (a *Agent) work(ctx context.Context, d *datapath.Datapath) error {
 		return err
 	}
 	wait.Go(func() { cancel(server.Serve(ctx)) })
-	wait.Go(func() { r.run(ctx) })
+	wait.Go(func() {
+		if err := r.run(ctx); err != nil {
+			cancel(err)
+		}
+	})
 	a.ready.block(partSocket, "")
 	a.log.Info("the socket is served")
 	for _, p := range a.parts(d) { // the plugin comes last: from then on it is called

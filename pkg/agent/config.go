@@ -14,6 +14,7 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/cni"
 	"github.com/sluice-mesh/sluice/pkg/conflist"
+	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
 )
 
@@ -64,11 +65,19 @@ type Config struct {
 	Mesh   mesh.Config
 	Repair Repair
 	Resync time.Duration // how often everything is compared
+	// MaxPods is how many pods the tables hold, when they are made.
+	MaxPods uint32
+	// ResetConnections closes the connections that an app has open when its pod is
+	// repaired in place, for it to open them again through its proxy.
+	ResetConnections bool
 
 	Install     Install
 	Self        Self
 	RunningPods RunningPods // at an uninstall
 }
+
+// maxMaxPods is more than any node has.
+const maxMaxPods = 65536
 
 // DefaultConfig is what the flags of sluiced say by default.
 func DefaultConfig() Config {
@@ -82,6 +91,7 @@ func DefaultConfig() Config {
 
 		Install:     Install{Plugin: besideUs(conflist.Type), LogFile: cni.DefaultLogFile},
 		RunningPods: RunningPodsKeep,
+		MaxPods:     datapath.DefaultMaxPods,
 	}
 }
 
@@ -104,6 +114,9 @@ func (c Config) check() error {
 	}
 	if c.Node == "" {
 		return errors.New("the node's name is not known: set NODE_NAME (from spec.nodeName, by the downward API) or give --node")
+	}
+	if c.MaxPods < 1 || c.MaxPods > maxMaxPods {
+		return fmt.Errorf("tables for %d pods cannot be made: give 1 to %d", c.MaxPods, maxMaxPods)
 	}
 	if c.Resync < time.Second {
 		return fmt.Errorf("resync every %v is too often: give at least 1s", c.Resync)

@@ -6,10 +6,10 @@ import (
 	"maps"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -70,6 +70,22 @@ func (r *reconciler) readPods() (map[string][]enrolled, error) {
 	return out, nil
 }
 
+// judgeDoubts has every pod looked at that is enrolled provisionally.
+func (r *reconciler) judgeDoubts() error {
+	all, err := r.readPods()
+	if err != nil {
+		return err
+	}
+	for _, pods := range all {
+		for _, e := range pods {
+			if e.provisional {
+				r.queue.Add(task(e.Namespace + "/" + e.Name))
+			}
+		}
+	}
+	return nil
+}
+
 // adopt says what the daemon found at its start. Up has completed or un-enrolled
 // what could not stay as it was.
 func (r *reconciler) adopt() error {
@@ -80,6 +96,11 @@ func (r *reconciler) adopt() error {
 	if len(pods) > 0 {
 		r.log.WithField(fieldCount, len(pods)).Info("adopted the pods that are enrolled")
 	}
+	if r.config.ResetConnections {
+		if err := netns.CanReset(); err != nil {
+			r.log.WithError(err).Warn("open connections of repaired pods stay as they are")
+		}
+	}
 	r.queue.Add(taskSweep)
 	return nil
 }
@@ -87,15 +108,18 @@ func (r *reconciler) adopt() error {
 // sweep un-enrols the namespaces that are gone. Attachments of namespaces that are
 // not enrolled go the second time they are seen, for an ADD may be under way.
 func (r *reconciler) sweep() error {
-	gone, err := r.node.Sweep()
-	for _, p := range gone {
-		r.metrics.swept.Inc()
-		r.log.WithFields(logrus.Fields{fieldPod: p.Namespace + "/" + p.Name, fieldUID: p.UID, fieldCookie: p.Cookie}).Info("a network namespace is gone; its pod is un-enrolled")
+	if err := r.node.StillUp(); errors.Is(err, datapath.ErrNotUp) {
+		select {
+		case r.lost <- err:
+		default: // it has been said
+		}
+		return nil
 	}
+	swept, err := r.node.Sweep()
+	r.metrics.swept.Add(float64(len(swept.Gone)))
 	living := map[uint64]bool{}
-	left, listErr := r.node.Pods()
-	for _, p := range left {
-		living[p.Cookie] = true
+	for _, cookie := range swept.Left {
+		living[cookie] = true
 	}
 	strays, strayErr := r.node.Strays()
 	now, again := map[uint64]struct{}{}, []uint64{}
@@ -107,13 +131,15 @@ func (r *reconciler) sweep() error {
 		}
 	}
 	r.strays = now
-	maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
+	if err == nil {
+		maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
+	}
 	r.mu.Unlock()
 	if len(again) > 0 {
 		r.log.WithField(fieldCount, len(again)).Info("attachments of namespaces that are not enrolled are dropped")
 		strayErr = errors.Join(strayErr, r.node.DropStrays(again))
 	}
-	if err := errors.Join(err, listErr, strayErr); err != nil {
+	if err := errors.Join(err, strayErr); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	return nil

@@ -108,14 +108,18 @@ func (n *fakeNode) Leave(cookie uint64) error {
 	return nil
 }
 
-func (n *fakeNode) Repair(uids []string, addresses []netip.Addr, pod datapath.Pod) (repaired, error) {
+func (n *fakeNode) Repair(found running, pod datapath.Pod, reset bool) (repaired, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, uid := range uids {
-		if cookie, ok := n.running[uid]; ok && len(addresses) > 0 {
+	for _, uid := range found.uids {
+		if cookie, ok := n.running[uid]; ok && len(found.addresses) > 0 {
 			n.pods[cookie] = pod
 			local, remote := netip.MustParseAddrPort("10.0.0.2:40000"), netip.MustParseAddrPort("10.0.0.9:5432")
-			return repaired{Cookie: cookie, Before: []netns.Connection{{Local: local, Remote: remote}}}, nil
+			done := repaired{Cookie: cookie, Before: []netns.Connection{{Local: local, Remote: remote}}}
+			if reset {
+				done.Reset = 1
+			}
+			return done, nil
 		}
 	}
 	return repaired{}, errNotFound
@@ -126,8 +130,9 @@ func (n *fakeNode) DropStrays(cookies []uint64) error {
 	n.dropped = append(n.dropped, cookies...)
 	return nil
 }
+func (n *fakeNode) StillUp() error                      { return nil }
 func (n *fakeNode) CheckPod(uint64) error               { return nil }
-func (n *fakeNode) Sweep() ([]datapath.PodInfo, error)  { return nil, nil }
+func (n *fakeNode) Sweep() (datapath.Swept, error)      { return datapath.Swept{}, nil }
 func (n *fakeNode) Stats() ([]datapath.StatInfo, error) { return n.stats, nil }
 func (n *fakeNode) Features() datapath.Features         { return datapath.Features{SetRetval: true, TCX: true} }
 func (n *fakeNode) Fill() ([]datapath.Fill, error) {
@@ -165,7 +170,7 @@ func (w *world) start() *world {
 	w.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	go func() { defer close(done); w.run(ctx) }()
+	go func() { defer close(done); _ = w.run(ctx) }()
 	w.t.Cleanup(func() { cancel(); <-done })
 	return w
 }

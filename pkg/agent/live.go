@@ -17,14 +17,15 @@ import (
 )
 
 // reconcile makes a pod's redirection what the pod says.
-func (r *reconciler) reconcile(p *corev1.Pod) error {
+func (r *reconciler) reconcile(t task, p *corev1.Pod) error {
 	decision, judgeErr := mesh.Judge(meshPod(p), r.config.Mesh)
 	pods, err := r.enrolledAs(p, false)
 	if err != nil {
 		return err
 	}
 	if len(pods) == 0 {
-		return r.repair(p, decision, judgeErr)
+		r.repairs.Add(t)
+		return nil
 	}
 	for _, e := range pods {
 		if err := r.follow(p, e, decision, judgeErr); err != nil {

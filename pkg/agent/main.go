@@ -106,5 +106,5 @@ func newClient(kubeconfig string) (Client, error) {
 	if err := errors.Join(coreErr, appsErr); err != nil {
 		return Client{}, fmt.Errorf("make a client of the API server: %w", err)
 	}
-	return Client{core, sets}, nil
+	return Client{thrifty{core}, sets}, nil
 }

@@ -27,6 +27,7 @@ type task string
 // The node's own tasks. No pod's key is without a slash.
 const (
 	taskSweep task = "sweep" // namespaces that are gone
+	taskDoubt task = "doubt" // pods that a plugin enrolled alone
 	taskState task = "state" // the state file
 )
 
@@ -39,6 +40,9 @@ const (
 	// doubtTime is how long after an ADD in doubt the pod is looked at, which the
 	// API server may have told of before the plugin was done.
 	doubtTime = 500 * time.Millisecond
+	// doubtRounds is how often, from the start on, pods in doubt are looked for: a
+	// plugin that found no daemon may be about to enroll one.
+	doubtRounds = 20
 )
 
 // reconciler compares what should be with what is, in both directions.
@@ -51,7 +55,11 @@ type reconciler struct {
 	metrics *metrics
 	events  *events
 	log     logrus.FieldLogger
-	queue   workqueue.TypedRateLimitingInterface[task]
+	queue   taskQueue
+	repairs taskQueue  // pods to repair, which may wait for the API server
+	lost    chan error // what is pinned is gone
+
+	processes processes
 
 	mu      sync.Mutex
 	state   agentapi.State
@@ -62,14 +70,20 @@ type reconciler struct {
 	strays  map[uint64]struct{}    // attachments without a pod, at the last sweep
 }
 
+type taskQueue = workqueue.TypedRateLimitingInterface[task]
+
+func newQueue() taskQueue {
+	return workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[task](retryFirst, retryMost))
+}
+
 // said are the last words about a pod, by the Event's reason.
 type said map[string]string
 
 func newReconciler(config Config, client typed.CoreV1Interface, n node, ready *readiness, m *metrics, log logrus.FieldLogger) (*reconciler, error) {
 	r := &reconciler{
 		config: config, client: client, node: n, ready: ready, metrics: m, log: log,
-		events:  newEvents(client, config.Node),
-		queue:   workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[task](retryFirst, retryMost)),
+		events: newEvents(client, config.Node),
+		queue:  newQueue(), repairs: newQueue(), lost: make(chan error, 1),
 		applied: map[uint64]rules.Rules{}, skipped: map[types.UID]string{}, said: map[types.UID]said{}, strays: map[uint64]struct{}{},
 	}
 	var err error
@@ -129,22 +143,30 @@ func (r *reconciler) trouble(text string) {
 	}
 }
 
-// run works until the context ends.
-func (r *reconciler) run(ctx context.Context) {
+// run works until the context ends, which is no error, or until what is pinned
+// is gone.
+func (r *reconciler) run(ctx context.Context) error {
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	defer r.events.close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	wait.Go(func() { r.cluster.run(ctx) })
-	wait.Go(r.worker)
-	stop := context.AfterFunc(ctx, r.queue.ShutDown)
-	defer stop()
+	wait.Go(func() { r.worker(r.queue, r.do) })
+	wait.Go(func() { r.worker(r.repairs, r.doRepair) })
+	defer r.repairs.ShutDown()
+	defer r.queue.ShutDown()
+	for i := range doubtRounds {
+		r.queue.AddAfter(taskDoubt, time.Duration(i+1)*doubtTime)
+	}
 	tick := time.NewTicker(r.config.Resync)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			r.queue.ShutDown()
-			return
+			return nil
+		case err := <-r.lost:
+			return err
 		case <-tick.C:
 			r.queue.Add(taskSweep)
 			r.queue.Add(taskState)
@@ -155,52 +177,67 @@ func (r *reconciler) run(ctx context.Context) {
 	}
 }
 
-func (r *reconciler) worker() {
+func (r *reconciler) worker(queue taskQueue, do func(task) error) {
 	for {
-		t, shutdown := r.queue.Get()
+		t, shutdown := queue.Get()
 		if shutdown {
 			return
 		}
-		r.try(t)
-		r.queue.Done(t)
+		r.try(queue, t, do)
+		queue.Done(t)
 	}
 }
 
 // try does one task. An error is for the log once, and tried again later and later.
-func (r *reconciler) try(t task) {
-	err := r.guarded(t)
+func (r *reconciler) try(queue taskQueue, t task, do func(task) error) {
+	err := guarded(t, do)
 	if err == nil {
-		r.queue.Forget(t)
+		queue.Forget(t)
 		return
 	}
 	r.metrics.reconcileErrors.Inc()
 	entry := r.log.WithError(err).WithField(fieldPod, string(t))
-	if r.queue.NumRequeues(t) == 0 {
+	if queue.NumRequeues(t) == 0 {
 		entry.Warn("not as it should be; trying again")
 	} else {
 		entry.Debug("still not as it should be; trying again")
 	}
-	r.queue.AddRateLimited(t)
+	queue.AddRateLimited(t)
 }
 
 // guarded turns a panic into an error: one bad pod must not end the daemon.
-func (r *reconciler) guarded(t task) (err error) {
+func guarded(t task, do func(task) error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
 		}
 	}()
+	return do(t)
+}
+
+func (r *reconciler) do(t task) error {
 	switch t {
 	case taskSweep:
 		return r.sweep()
 	case taskState:
 		return r.writeState()
+	case taskDoubt:
+		return r.judgeDoubts()
 	}
 	pod := r.cluster.get(string(t))
 	if pod == nil {
 		return nil // whatever is enrolled of it stays
 	}
-	return r.reconcile(pod)
+	return r.reconcile(t, pod)
+}
+
+func (r *reconciler) doRepair(t task) error {
+	pod := r.cluster.get(string(t))
+	if pod == nil {
+		return nil
+	}
+	decision, err := mesh.Judge(meshPod(pod), r.config.Mesh)
+	return r.repair(pod, decision, err)
 }
 
 // meshed says whether a pod has a sidecar of its own.

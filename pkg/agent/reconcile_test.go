@@ -197,7 +197,9 @@ func TestAPodThatRunsOutsideTheMeshIsRepaired(t *testing.T) {
 				}
 			case RepairOff:
 				w.eventually("the pods are known", func() bool { return w.cluster.get("shop/cart") != nil })
-				w.eventually("the tasks are done", func() bool { return w.queue.Len() == 0 })
+				if err := w.doRepair("shop/cart"); err != nil {
+					t.Error(err)
+				}
 			default:
 				w.event(reasonOutside)
 				w.eventually("it is done", func() bool {
@@ -226,7 +228,7 @@ func TestAPodThatADDLeftAloneIsNotRepaired(t *testing.T) {
 	w.update(sidecar("u1"))
 	w.eventually("the change is known", func() bool { return w.cluster.get("shop/cart").Annotations["sidecar.istio.io/inject"] == "" })
 	w.eventually("the tasks are done", func() bool { return w.queue.Len() == 0 })
-	if err := w.reconcile(w.cluster.get("shop/cart")); err != nil {
+	if err := w.doRepair("shop/cart"); err != nil {
 		t.Error(err)
 	}
 	if _, enrolled, _ := w.fake.get(7); enrolled {
@@ -246,4 +248,5 @@ func TestStrayAttachmentsGoTheSecondTime(t *testing.T) {
 	}
 	w.events.close()
 	w.queue.ShutDown()
+	w.repairs.ShutDown()
 }

@@ -14,7 +14,6 @@ import (
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
-	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
 // labelUnredirected is what a pod is labelled with that is outside the mesh and
@@ -23,6 +22,10 @@ const labelUnredirected = "sluice.dev/unredirected"
 
 // apiTime is how long one call of the API server may take.
 const apiTime = 5 * time.Second
+
+// patientTries is how often a pod without a process is tried again before that is
+// news: for six seconds.
+const patientTries = 6
 
 // shownConnections are named one by one in an Event.
 const shownConnections = 5
@@ -57,9 +60,12 @@ func ended(p *corev1.Pod) bool {
 
 func (r *reconciler) repairInPlace(p *corev1.Pod, decision mesh.Decision) error {
 	names := uids(p)
-	done, err := r.node.Repair(names, addresses(p), datapath.Pod{Namespace: p.Namespace, Name: p.Name, UID: names[len(names)-1], Rules: decision.Rules})
+	done, err := r.node.Repair(running{r.processes.of(names), names, addresses(p)}, datapath.Pod{Namespace: p.Namespace, Name: p.Name, UID: names[len(names)-1], Rules: decision.Rules}, r.config.ResetConnections)
 	if errors.Is(err, errNotFound) && p.Status.Phase != corev1.PodRunning {
 		return nil // an event comes when it runs
+	}
+	if errors.Is(err, errNotFound) && r.repairs.NumRequeues(task(p.Namespace+"/"+p.Name)) < patientTries {
+		return err // its sandbox is being made again
 	}
 	if err != nil {
 		r.metrics.repairs.WithLabelValues("failed").Inc()
@@ -70,12 +76,13 @@ func (r *reconciler) repairInPlace(p *corev1.Pod, decision mesh.Decision) error 
 	r.remember(done.Cookie, decision.Rules)
 	r.log.WithFields(logrus.Fields{fieldPod: p.Namespace + "/" + p.Name, fieldUID: string(p.UID), fieldCookie: done.Cookie, fieldCount: len(done.Before)}).
 		Info("a running pod is enrolled")
-	r.say(p, corev1.EventTypeNormal, reasonRepaired, strings.Join(append([]string{"the pod ran outside the mesh and is redirected now" + opened(done.Before)}, done.Notes...), "; "))
+	r.say(p, corev1.EventTypeNormal, reasonRepaired, strings.Join(append([]string{"the pod ran outside the mesh and is redirected now" + opened(done)}, done.Notes...), "; "))
 	return nil
 }
 
 // opened tells of the connections that were open before.
-func opened(all []netns.Connection) string {
+func opened(done repaired) string {
+	all := done.Before
 	if len(all) == 0 {
 		return "; no connection was open before"
 	}
@@ -86,7 +93,14 @@ func opened(all []netns.Connection) string {
 	if more := len(all) - len(named); more > 0 {
 		named = append(named, fmt.Sprintf("and %d more", more))
 	}
-	return fmt.Sprintf("; open before, and so outside the mesh until they end: %d connections (%s)", len(all), strings.Join(named, ", "))
+	became := "and so outside the mesh until they end"
+	switch {
+	case done.Reset == len(all):
+		became = "and closed, to be opened again through the proxy"
+	case done.Reset > 0:
+		became = fmt.Sprintf("%d of them closed, the others outside the mesh until they end", done.Reset)
+	}
+	return fmt.Sprintf("; open before, %s: %d connections (%s)", became, len(all), strings.Join(named, ", "))
 }
 
 func (r *reconciler) labelPod(p *corev1.Pod) error {

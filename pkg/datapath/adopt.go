@@ -81,29 +81,22 @@ func (d *Datapath) eachAttachmentOf(cookie uint64, do func(connectAttachmentKey,
 	return errors.Join(err, errs)
 }
 
+// Swept says what Sweep did.
+type Swept struct {
+	Gone []PodInfo // un-enrolled, by cookie and names alone
+	Left []uint64  // the cookies of the others
+}
+
 // Sweep does what nobody else did: it un-enrols namespaces that are gone, of
 // which the kernel tells, completes enrolments that were cut off, and removes
-// what belongs to no pod. It returns the pods that it un-enrolled.
-func (d *Datapath) Sweep() ([]PodInfo, error) {
-	before, err := d.Pods()
-	if err != nil {
-		return nil, err
-	}
+// what belongs to no pod. What may live stays. It logs each pod that it un-enrols.
+func (d *Datapath) Sweep() (Swept, error) {
 	unlock, err := d.lock()
 	if err != nil {
-		return nil, err
+		return Swept{}, err
 	}
 	defer unlock()
-	errs := d.repairPods()
-	var gone []PodInfo
-	for _, p := range before {
-		var value connectPod
-		if errors.Is(d.maps["pods"].Lookup(p.Cookie, &value), ebpf.ErrKeyNotExist) {
-			gone = append(gone, p)
-			errs = errors.Join(errs, d.forget(p.Cookie))
-		}
-	}
-	return gone, errs
+	return d.sweepPods()
 }
 
 // Strays lists the namespaces that attachments are about and that are not

@@ -19,7 +19,6 @@ import (
 // what is, and detaches what it should not have. The inbound program comes
 // last: where its pin is, the pod is complete.
 func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries podNetwork, flags connectPodFlags, already bool) error {
-	dir := d.podDir(ns.Cookie())
 	if _, err := d.attachInterfaces(ns, network, entries, flags, false); err != nil {
 		return err
 	}
@@ -29,10 +28,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries pod
 		return err
 	}
 	defer prog.Close()
-	err = replaceOrPin(filepath.Join(dir, progInbound), prog, func() (link.Link, error) {
-		return link.AttachNetNs(ns.Fd(), prog)
-	})
-	if err != nil {
+	if err := d.attachInbound(ns, prog); err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
 	}
 	failpoint.Step("attach: inbound")
@@ -204,13 +200,10 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	dir := d.podDir(cookie)
 	// Removing a pin detaches later, from a worker: until then the pod, which is
 	// not in the map any more, would be refused everything.
-	err := detachNow(filepath.Join(dir, progInbound))
+	err := errors.Join(detachNow(filepath.Join(dir, progInbound)), detachNow(filepath.Join(dir, progLife)))
 	failpoint.Step("detach: inbound")
 	err = errors.Join(err, d.detachExcept(dir, nil, 0, ns))
 	failpoint.Step("detach: interfaces")
-	if e := os.RemoveAll(dir); e != nil {
-		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
-	}
 	return err
 }
 

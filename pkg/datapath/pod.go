@@ -152,6 +152,9 @@ func ready(n netns.Network) error {
 // escape: as soon as the entry is there, connect() is captured.
 func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) error {
 	cookie := ns.Cookie()
+	if err := d.beginLife(ns); err != nil {
+		return err
+	}
 	value, err := d.writeRules(pod.Rules)
 	if err != nil {
 		return err
@@ -328,11 +331,11 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	if !known {
 		// It may have been cut off once between its entry and its rules, and nothing
 		// says any more which ones they were.
-		return errors.Join(errs, d.dropOrphans())
+		return errors.Join(errs, d.dropOrphans(), d.endLife(cookie))
 	}
 	errs = errors.Join(errs, d.deleteListeners(cookie, value))
 	failpoint.Step("unenroll: listeners deleted")
-	return errors.Join(errs, d.dropRules(value.RulesId))
+	return errors.Join(errs, d.dropRules(value.RulesId), d.endLife(cookie))
 }
 
 // deleteTargets removes a pod's address book. Its connections stay open; what

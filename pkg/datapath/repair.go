@@ -6,49 +6,70 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 
-	"github.com/cilium/ebpf/link"
+	"github.com/sirupsen/logrus"
 
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
+// The fields of the log.
+const (
+	fieldPod    = "pod"
+	fieldUID    = "uid"
+	fieldCookie = "cookie"
+)
+
 // repairPods makes the pods' stubs what the map says: it completes an enrolment
-// that was cut off, un-enrols namespaces that are gone, and removes links
-// without a pod.
+// that was cut off, un-enrols namespaces of which the kernel says that they have
+// ended, and removes links without a pod. What lives, or may live, stays.
 func (d *Datapath) repairPods() error {
-	known := map[uint64]connectPod{}
-	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p }); err != nil {
-		return err
-	}
-	var errs error
-	var incomplete []uint64
-	for cookie := range known {
-		alive, err := d.podAlive(cookie)
-		if err == nil && !alive {
-			incomplete = append(incomplete, cookie)
-		}
-		errs = errors.Join(errs, err)
-	}
-	errs = errors.Join(errs, d.completePods(incomplete), d.removeStrayLinks(known))
-	return errors.Join(errs, d.dropOrphans())
+	_, err := d.sweepPods()
+	return err
 }
 
-// podAlive says whether a pod's enrolment is complete and its namespace lives.
-func (d *Datapath) podAlive(cookie uint64) (bool, error) {
-	inbound, err := link.LoadPinnedLink(filepath.Join(d.podDir(cookie), progInbound), nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
+// sweepPods is repairPods that says what it found.
+func (d *Datapath) sweepPods() (out Swept, err error) {
+	known := map[uint64]connectPod{}
+	if err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) { known[cookie] = p }); err != nil {
+		return out, err
 	}
-	if err != nil {
-		return false, fmt.Errorf("open the link of pod %d: %w", cookie, err)
+	paths := sync.OnceValue(netns.ByCookie) // a look at every process of the machine
+	var errs error
+	for cookie := range known {
+		out.Left = append(out.Left, cookie)
+		now, err := d.lifeOf(cookie)
+		if err != nil || now == lifeComplete {
+			errs = errors.Join(errs, err)
+			continue
+		}
+		if path, found := paths()[cookie]; found {
+			if err := d.complete(path); err != nil {
+				errs = errors.Join(errs, fmt.Errorf("complete the enrolment of %s: %w", path, err))
+			}
+			continue
+		}
+		pod := d.named(cookie)
+		log := d.opts.Log.WithFields(logrus.Fields{fieldPod: pod.Namespace + "/" + pod.Name, fieldUID: pod.UID, fieldCookie: cookie})
+		if now == lifeOver {
+			log.Info("a network namespace is gone; its pod is un-enrolled")
+			errs = errors.Join(errs, d.unenroll(cookie, nil), d.forget(cookie))
+			out.Gone, out.Left = append(out.Gone, pod), out.Left[:len(out.Left)-1]
+			continue
+		}
+		log.Warn("a pod's enrolment is not complete, and no process or name leads to its network namespace; it stays as it is, and \"sluicectl unenroll --cookie\" ends it")
 	}
-	defer inbound.Close()
-	info, err := inbound.Info()
-	if err != nil {
-		return false, fmt.Errorf("read the link of pod %d: %w", cookie, err)
+	return out, errors.Join(errs, d.removeStrayLinks(known), d.dropOrphans())
+}
+
+// named is an enrolled pod by its cookie and names alone.
+func (d *Datapath) named(cookie uint64) PodInfo {
+	out := PodInfo{Cookie: cookie}
+	var name connectPodName
+	if d.maps["pod_names"].Lookup(cookie, &name) == nil {
+		out.Namespace, out.Name, out.UID = text(name.Namespace[:]), text(name.Name[:]), text(name.Uid[:])
 	}
-	ns := info.NetNs()
-	return ns != nil && ns.NetnsInode != 0, nil
+	return out
 }
 
 // CheckPod says what is missing of a pod's enrolment, in an error.
@@ -61,32 +82,11 @@ func (d *Datapath) CheckPod(cookie uint64) error {
 	if err := d.maps["rule_sets"].Lookup(value.RulesId, &set); err != nil {
 		return fmt.Errorf("rule set %08x of namespace %d is not there: %w", value.RulesId, cookie, err)
 	}
-	alive, err := d.podAlive(cookie)
-	if err == nil && !alive {
+	now, err := d.lifeOf(cookie)
+	if err == nil && now != lifeComplete {
 		err = fmt.Errorf("the sk_lookup program of namespace %d is not attached", cookie)
 	}
 	return err
-}
-
-// completePods attaches what is missing to the namespaces that still live, and
-// un-enrols the others.
-func (d *Datapath) completePods(cookies []uint64) error {
-	if len(cookies) == 0 {
-		return nil
-	}
-	alive := netns.ByCookie()
-	var errs error
-	for _, cookie := range cookies {
-		path, ok := alive[cookie]
-		if !ok {
-			errs = errors.Join(errs, d.unenroll(cookie, nil))
-			continue
-		}
-		if err := d.complete(path); err != nil {
-			errs = errors.Join(errs, fmt.Errorf("complete the enrolment of %s: %w", path, err))
-		}
-	}
-	return errs
 }
 
 // complete does what an enrolment does once the pod's entry is written. It may
@@ -136,7 +136,7 @@ func (d *Datapath) removeStrayLinks(known map[uint64]connectPod) error {
 	for _, e := range entries {
 		cookie, err := strconv.ParseUint(e.Name(), 10, 64)
 		if _, ok := known[cookie]; err == nil && !ok {
-			errs = errors.Join(errs, d.detachPod(cookie, nil))
+			errs = errors.Join(errs, d.detachPod(cookie, nil), d.endLife(cookie))
 		}
 	}
 	return errs

@@ -34,6 +34,9 @@ type Options struct {
 	// SockoptCgroup carries the getsockopt program, which costs every
 	// getsockopt of every process below it. Empty: Cgroup.
 	SockoptCgroup string
+	// MaxPods is how many pods the tables hold. Tables that are pinned already
+	// keep the size that they have.
+	MaxPods uint32
 	// Handshakes is the size of the map of that name; HandshakeShare is how
 	// many of them one pod may hold.
 	Handshakes, HandshakeShare uint32
@@ -49,13 +52,16 @@ type Options struct {
 const (
 	defaultHandshakes  = 65536
 	handshakeDivisor   = 4
-	defaultTargets     = 262144
+	targetsPerPod      = 256
 	targetShareDivisor = 16
 )
 
 func (o *Options) complete() {
 	if o.SockoptCgroup == "" {
 		o.SockoptCgroup = o.Cgroup
+	}
+	if o.MaxPods == 0 {
+		o.MaxPods = DefaultMaxPods
 	}
 	if o.Handshakes == 0 {
 		o.Handshakes = defaultHandshakes
@@ -64,7 +70,7 @@ func (o *Options) complete() {
 		o.HandshakeShare = max(o.Handshakes/handshakeDivisor, 1)
 	}
 	if o.Targets == 0 {
-		o.Targets = defaultTargets
+		o.Targets = targetsPerPod * o.MaxPods
 	}
 	if o.TargetShare == 0 {
 		o.TargetShare = max(o.Targets/targetShareDivisor, 1)
@@ -161,7 +167,7 @@ func (d *Datapath) mapSpecs() (map[string]*ebpf.MapSpec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the map definitions: %w", err)
 	}
-	sized := map[string]uint32{"handshakes": d.opts.Handshakes, "targets": d.opts.Targets, "target_index": d.opts.Targets}
+	sized := d.opts.sizes(spec.Maps)
 	out := map[string]*ebpf.MapSpec{}
 	for name, m := range spec.Maps {
 		if !isPinned(m) {

@@ -3,8 +3,6 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
 
@@ -91,21 +89,4 @@ func restoreNamespace(ns *netns.NetNS, value connectPod) error {
 		errs = ns.RemoveLoopback(proxySource6)
 	}
 	return errors.Join(errs, ns.RemoveWayBack(netns.WayBack(value.WayBack)))
-}
-
-// find looks for the namespace of an enrolled pod; nil if it is gone.
-func (d *Datapath) find(cookie uint64) *netns.NetNS {
-	_, err := os.Stat(filepath.Join(d.podDir(cookie), progInbound))
-	if alive, _ := d.podAlive(cookie); err == nil && !alive {
-		return nil // spare us a look at every process of the machine
-	}
-	path, ok := netns.ByCookie()[cookie]
-	if !ok {
-		return nil
-	}
-	ns, err := netns.Open(path)
-	if err != nil {
-		return nil // it ended meanwhile
-	}
-	return ns
 }

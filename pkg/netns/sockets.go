@@ -165,13 +165,30 @@ func realIDs(pid int) (uid, gid uint32, err error) {
 	return 0, 0, fmt.Errorf("no Uid and Gid in /proc/%d/status", pid)
 }
 
+// ByInode finds a path to the namespace with this inode that a process or "ip
+// netns" keeps.
+func ByInode(inode uint64) (path string, found bool) {
+	for _, path := range candidates() {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil && st.Ino == inode {
+			return path, true
+		}
+	}
+	return "", false
+}
+
+// candidates are paths to namespaces, some of them more than once.
+func candidates() []string {
+	processes, _ := filepath.Glob("/proc/[0-9]*/ns/net") // the patterns are right
+	named, _ := filepath.Glob("/var/run/netns/*")
+	return append(processes, named...)
+}
+
 // ByCookie finds a path to every namespace that a process or "ip netns" keeps.
 func ByCookie() map[uint64]string {
-	candidates, _ := filepath.Glob("/proc/[0-9]*/ns/net")
-	named, _ := filepath.Glob("/var/run/netns/*")
 	seen := map[uint64]bool{}
 	out := map[uint64]string{}
-	for _, path := range append(candidates, named...) {
+	for _, path := range candidates() {
 		var st unix.Stat_t
 		if unix.Stat(path, &st) != nil || seen[st.Ino] {
 			continue

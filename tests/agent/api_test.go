@@ -15,6 +15,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/scheme"
 )
@@ -39,7 +41,15 @@ func newAPI(t *testing.T) *apiServer {
 	t.Helper()
 	a := &apiServer{set: newDaemonSet(), pods: map[string]*corev1.Pod{}, changed: make(chan struct{})}
 	a.Server = httptest.NewServer(a)
-	t.Cleanup(func() { a.CloseClientConnections(); a.Close() })
+	t.Cleanup(func() {
+		a.CloseClientConnections()
+		a.Close()
+		for _, e := range a.events {
+			if t.Failed() {
+				t.Logf("Event %s: %s", e.Reason, e.Message)
+			}
+		}
+	})
 	a.kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
 	text := fmt.Sprintf("apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: %q}}]\ncontexts: [{name: c, context: {cluster: c, user: u}}]\ncurrent-context: c\nusers: [{name: u, user: {token: t}}]\n", a.URL)
 	if err := os.WriteFile(a.kubeconfig, []byte(text), 0o600); err != nil {
@@ -47,6 +57,9 @@ func newAPI(t *testing.T) *apiServer {
 	}
 	return a
 }
+
+// silent is no status: nothing is answered.
+const silent = -1
 
 // answer makes every answer be of this status; 0: answer as one should.
 func (a *apiServer) answer(status int) {
@@ -82,6 +95,34 @@ func (a *apiServer) put(name, uid string, annotations map[string]string, change 
 	a.changed = make(chan struct{})
 }
 
+// remove deletes a pod; with its grace over or not, that is what a watch tells.
+func (a *apiServer) remove(name string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.version++
+	event := metav1.WatchEvent{Type: "DELETED"}
+	event.Object.Object = a.pods[name]
+	delete(a.pods, name)
+	a.log = append(a.log, event)
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
+
+// cut ends every connection, so that what is asked is asked anew.
+func (a *apiServer) cut() { a.CloseClientConnections() }
+
+// count is how many Events with this reason came.
+func (a *apiServer) count(reason string) (n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range a.events {
+		if e.Reason == reason {
+			n++
+		}
+	}
+	return n
+}
+
 // told says whether an Event with this reason and text came.
 func (a *apiServer) told(reason, text string) bool {
 	a.mu.Lock()
@@ -113,6 +154,8 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	query := r.URL.Query()
 	switch {
+	case status == silent:
+		<-r.Context().Done()
 	case status != 0:
 		refuse(w, &metav1.Status{Code: int32(status), Message: "no"})
 	case strings.HasPrefix(r.URL.Path, "/apis/apps/v1/"):
@@ -125,7 +168,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	case r.URL.Path == "/api/v1/pods" && query.Get("fieldSelector") == "spec.nodeName=n1":
-		a.list(w)
+		a.list(w, r)
 	default:
 		_ = json.NewEncoder(w).Encode(corev1.NamespaceList{
 			TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "NamespaceList"}, ListMeta: metav1.ListMeta{ResourceVersion: "1"},
@@ -158,14 +201,30 @@ func (a *apiServer) take(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(e)
 }
 
-func (a *apiServer) list(w http.ResponseWriter) {
+// list sends what API servers do: protobuf to whom prefers it.
+func (a *apiServer) list(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, ListMeta: metav1.ListMeta{ResourceVersion: strconv.Itoa(a.version)}}
 	for _, p := range a.pods {
 		list.Items = append(list.Items, *p)
 	}
-	_ = json.NewEncoder(w).Encode(list)
+	if !strings.HasPrefix(r.Header.Get("Accept"), runtime.ContentTypeProtobuf) {
+		_ = json.NewEncoder(w).Encode(list)
+		return
+	}
+	w.Header().Set("Content-Type", runtime.ContentTypeProtobuf)
+	_ = protobuf.NewSerializer(scheme.Scheme, scheme.Scheme).Encode(&list, w)
+}
+
+// size is what all pods are as protobuf, in bytes.
+func (a *apiServer) size() (out int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.pods {
+		out += p.Size()
+	}
+	return out
 }
 
 func (a *apiServer) watch(w http.ResponseWriter, r *http.Request, since string) {

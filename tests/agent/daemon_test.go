@@ -4,11 +4,10 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -131,6 +130,8 @@ func TestWithoutAnAPIServerADDIsServedInDoubt(t *testing.T) {
 	kit.Eventually(t, "readiness says nothing of it any more", func() bool { _, text := d.readyz(); return text == "ready\n" })
 }
 
+// Measured is the time from the API server's word to the first new connection that
+// follows it; what is wanted is less than a second.
 func TestARunningPodsRulesFollowItsAnnotations(t *testing.T) {
 	n := newNode(t)
 	p := kit.NewPod(t)
@@ -141,70 +142,46 @@ func TestARunningPodsRulesFollowItsAnnotations(t *testing.T) {
 	p.Hold(kit.App) // a process leads to the namespace, as in any pod
 	proxy := p.Listen(kit.Proxy, "0.0.0.0:15001")
 	client, accepted := goesTo(t, p, proxy, to)
-	began := time.Now()
-	n.api.put("cart", "u1", injected(excludePorts, "80"))
-	kit.Eventually(t, "port 80 is not captured", func() bool {
-		c, err := p.Dial(kit.App, unix.AF_INET, to)
-		if err != nil {
-			return false
+	var took []time.Duration
+	for i := range 11 {
+		want, annotations := server, injected(excludePorts, "80")
+		if i%2 == 1 {
+			want, annotations = proxy, injected()
 		}
-		defer c.Close()
-		a, err := kit.AcceptAny(10*time.Second, proxy, server)
-		if err != nil {
-			return false
+		began := time.Now()
+		n.api.put("cart", "u1", annotations)
+		kit.Eventually(t, "new connections follow the rules", func() bool { return arrivesAt(p.NS, to, proxy, server) == want })
+		took = append(took, time.Since(began))
+		kit.Exchange(t, client, accepted, 1<<12) // the open one goes on
+	}
+	t.Log("changed within", took)
+	slices.Sort(took)
+	t.Logf("p50 %v, most %v", took[len(took)/2], took[len(took)-1])
+	if median := took[len(took)/2]; median > 10*time.Second { // however busy the machine
+		t.Error("a change takes", median)
+	}
+
+	for _, refused := range []struct {
+		what, reason, says string
+		annotations        map[string]string
+		change             func(*corev1.Pod)
+	}{
+		{"an invalid value", "RedirectionInvalid", "eighty", injected(excludePorts, "eighty"), nil},
+		{"an interception mode", "RedirectionKept", "interception mode", injected("sidecar.istio.io/interceptionMode", "TPROXY"), nil},
+		{"no status", "RedirectionKept", "status", nil, nil},
+		{"DNS capture", "RedirectionKept", "DNS capture", injected(), func(p *corev1.Pod) {
+			p.Spec.Containers[1].Env = []corev1.EnvVar{{Name: "ISTIO_META_DNS_CAPTURE", Value: "true"}}
+		}},
+	} {
+		var change []func(*corev1.Pod)
+		if refused.change != nil {
+			change = append(change, refused.change)
 		}
-		defer a.Close()
-		return a.Name() == to
-	})
-	if took := time.Since(began); took > 20*time.Second {
-		t.Error("the change took", took)
-	} else {
-		t.Log("changed within", took)
+		n.api.put("cart", "u1", refused.annotations, change...)
+		kit.Eventually(t, refused.what+" is refused in an Event", func() bool { return n.api.told(refused.reason, refused.says) })
+		goesTo(t, p, server, to) // as the last rules that could be followed say
+		kit.Exchange(t, client, accepted, 1<<12)
 	}
-	kit.Exchange(t, client, accepted, 1<<16) // the open one goes on
-	n.api.put("cart", "u1", injected(excludePorts, "eighty"))
-	kit.Eventually(t, "an Event says what is wrong", func() bool { return n.api.told("RedirectionInvalid", "eighty") })
-	goesTo(t, p, server, to)
-}
-
-func TestAPodThatRunsOutsideTheMeshIsEnrolledInPlace(t *testing.T) {
-	n := newNode(t)
-	p := kit.NewPod(t)
-	server, to := direct(t, p)
-	const uid = "0a1b2c3d-0000-4000-8000-000000000001"
-	inCgroup(t, p, "kubepods-burstable-pod"+strings.ReplaceAll(uid, "-", "_")+".slice")
-	client, accepted := goesTo(t, p, server, to) // open before
-	n.start().awaitReady()
-	n.api.put("cart", uid, injected())
-	kit.Eventually(t, "the pod is enrolled", func() bool { yes, _ := n.enrolled(p); return yes })
-	kit.Eventually(t, "an Event names the open connection", func() bool { return n.api.told("RedirectionRepaired", "10.99.0.1:80") })
-	proxy := p.Listen(kit.Proxy, "0.0.0.0:15001")
-	goesTo(t, p, proxy, to)
-	kit.Exchange(t, client, accepted, 1<<12)
-}
-
-// inCgroup has a process live in the pod's namespace, in a cgroup of this name.
-func inCgroup(t *testing.T, p *kit.Pod, name string, change ...func(*exec.Cmd)) {
-	t.Helper()
-	dir := filepath.Join(kit.Cgroup(t), name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { kit.Eventually(t, dir+" is empty", func() bool { return os.Remove(dir) == nil }) })
-	cgroup, err := os.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer cgroup.Close()
-	cmd := exec.Command("sleep", "600")
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
-	for _, c := range change {
-		c(cmd)
-	}
-	if err := p.Do(cmd.Start); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 }
 
 func TestASecondDaemonWaitsForTheFirstToEnd(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
@@ -67,6 +68,32 @@ type daemon struct {
 	cmd     *exec.Cmd
 	address string
 	ended   bool
+	log     sharedBuffer
+}
+
+// sharedBuffer holds what is written to it.
+type sharedBuffer struct {
+	mu   sync.Mutex
+	text []byte
+}
+
+func (b *sharedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.text = append(b.text, p...)
+	return len(p), nil
+}
+
+// said counts the lines of the daemon's log that have both texts.
+func (d *daemon) said(message, pod string) (n int) {
+	d.log.mu.Lock()
+	defer d.log.mu.Unlock()
+	for line := range strings.Lines(string(d.log.text)) {
+		if strings.Contains(line, message) && strings.Contains(line, pod) {
+			n++
+		}
+	}
+	return n
 }
 
 // start starts a daemon, and ends it with the test.
@@ -86,7 +113,7 @@ func (n *node) startAs(change func(*exec.Cmd), args ...string) *daemon {
 	l.Close()
 	d.cmd = exec.Command(filepath.Join(bin, "sluiced"), append([]string{"--node", "n1", "--kubeconfig", n.api.kubeconfig, "--run-dir", n.dir,
 		"--bpffs", n.bpffs, "--cgroup", kit.Cgroup(n.t), "--listen", d.address, "--resync", "5s"}, args...)...)
-	d.cmd.Stderr = n.t.Output()
+	d.cmd.Stderr = io.MultiWriter(n.t.Output(), &d.log)
 	change(d.cmd)
 	if err := d.cmd.Start(); err != nil {
 		n.t.Fatal(err)
