@@ -82,7 +82,7 @@ func (n *daemons) start(killAt int) (steps []string, died bool) {
 	})
 	if !over {
 		_ = cmd.Process.Kill()
-		<-ended
+		_ = <-ended
 	} else {
 		var exit *exec.ExitError
 		died = errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL
