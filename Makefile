@@ -86,7 +86,7 @@ oracle-mutants: root go-is-there ## take each rule out of iptables and of Sluice
 	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run TestOracleNoticesAMissingRule ./tests/oracle -oracle.mutate
 
 .PHONY: upgrade
-upgrade: root go-is-there ## replace, kill and churn Sluice under load (root, clang, 6 minutes)
+upgrade: root go-is-there ## replace, kill and churn Sluice under load (root, clang; several minutes)
 	$(DEPS) test bpf
 	@SLUICE_REQUIRE_ROOT=1 go test -tags sluice_failpoints -count=1 -timeout 20m $(TESTFLAGS) ./pkg/failpoint ./tests/upgrade || \
 		{ echo "Something failed, escaped or was left behind: see the lines that begin with FAIL above."; exit 1; }

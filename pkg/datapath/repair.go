@@ -162,6 +162,7 @@ func (d *Datapath) dropOrphans() error {
 		deleteWhere(d.maps["target_use"], func(cookie uint64) bool { return !pods[cookie] }),
 		deleteWhere(d.maps["targets"], func(k connectTargetKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["target_index"], func(k connectTargetIndexKey) bool { return !pods[k.Cookie] }),
+		deleteWhere(d.maps["listeners"], func(k connectListenerKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["reroutes"], func(k connectRerouteKey) bool { return !pods[k.Cookie] }),
 		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return !pods[k.Cookie] }),
 		d.forgetNetwork(true, func(cookie uint64) bool { return !pods[cookie] }),

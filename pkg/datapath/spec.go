@@ -187,7 +187,11 @@ func (d *Datapath) openMaps() error {
 	if err != nil {
 		return err
 	}
-	if err := d.checkLayout(specs); err != nil {
+	digest, err := digestOf(specs)
+	if err != nil {
+		return err
+	}
+	if err := d.checkLayout(digest); err != nil {
 		return err
 	}
 	for name := range specs {
@@ -201,7 +205,7 @@ func (d *Datapath) openMaps() error {
 		}
 		d.maps[name] = opened
 	}
-	return nil
+	return d.checkLayout(digest) // still: or some are those of a version that took over meanwhile
 }
 
 func createMap(spec *ebpf.MapSpec, pin string) (*ebpf.Map, error) {

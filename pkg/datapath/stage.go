@@ -156,11 +156,7 @@ func (d *Datapath) markLayout(dir string, specs map[string]*ebpf.MapSpec) error 
 }
 
 // checkLayout wants the pinned maps to have this version's layout.
-func (d *Datapath) checkLayout(specs map[string]*ebpf.MapSpec) error {
-	digest, err := digestOf(specs)
-	if err != nil {
-		return err
-	}
+func (d *Datapath) checkLayout(digest string) error {
 	if _, err := os.Stat(filepath.Join(d.mapsDir(), layoutPrefix+digest)); err == nil {
 		return nil
 	}

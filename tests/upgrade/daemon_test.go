@@ -82,7 +82,9 @@ func (n *daemons) start(killAt int) (steps []string, died bool) {
 	})
 	if !over {
 		_ = cmd.Process.Kill()
-		<-ended
+		if err := <-ended; err == nil {
+			n.t.Fatal("the daemon has ended by itself, without an error")
+		}
 	} else {
 		var exit *exec.ExitError
 		died = errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL

@@ -37,11 +37,11 @@ type opened struct {
 	fd int
 }
 
-// startLoad begins; each way has one client, and there is no rest between two of
-// its connections.
+// startLoad begins; each way has one client, which rests for a moment between two
+// connections: thousands per second, and a processor left for who replaces.
 func startLoad(t *testing.T, worlds ...*world) *load {
 	t.Helper()
-	return start(t, 0, worlds)
+	return start(t, time.Millisecond, worlds)
 }
 
 // startGentleLoad leaves the machine to others most of the time.

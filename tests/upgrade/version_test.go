@@ -187,7 +187,7 @@ func (v version) atEachStep(begins string, least int, before func(), command []s
 }
 
 // eachOf calls do for the steps, counted from 1, but for most of those in a row
-// that do the same to one map after the other.
+// that do the same: pin one map after the other, or delete from one map.
 func eachOf(names []string, do func(step int, name string)) {
 	const some = 7
 	for i, name := range names {
@@ -198,12 +198,11 @@ func eachOf(names []string, do func(step int, name string)) {
 	}
 }
 
-// kindOf is a step's name without the map's.
+// kindOf is a step's name without the map's, where all maps are pinned in turn.
 func kindOf(name string) string {
-	for _, prefix := range []string{"up: map ", "entry deleted from "} {
-		if strings.HasPrefix(name, prefix) {
-			return prefix
-		}
+	const each = "up: map "
+	if strings.HasPrefix(name, each) {
+		return each
 	}
 	return name
 }
