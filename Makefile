@@ -23,7 +23,7 @@ LINTER := bin/tools/golangci-lint
 
 .PHONY: help
 help: ## list every target
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
 build: go-is-there ## build the static binaries into bin/
@@ -180,6 +180,42 @@ $(LINTER): hack/tools/go.mod hack/tools/go.sum
 	@echo "building the linter (about two minutes the first time)"
 	@go -C hack/tools build -o $(CURDIR)/$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	@touch $@
+
+# The cluster that tests/e2e brings up: Kubernetes, one program for all of its parts,
+# in a module of its own.
+KUBERNETES := bin/e2e/kubernetes
+KUBERNETES_VERSION := 1.32.13
+KUBERNETES_STAMP := k8s.io/component-base/version
+
+$(KUBERNETES): tests/e2e/kubernetes/go.mod tests/e2e/kubernetes/go.sum tests/e2e/kubernetes/main.go
+	@echo "building Kubernetes $(KUBERNETES_VERSION) (a quarter of an hour the first time)"
+	@CGO_ENABLED=0 nice go -C tests/e2e/kubernetes build -trimpath -o $(CURDIR)/$@ -ldflags "-s -w \
+		-X $(KUBERNETES_STAMP).gitVersion=v$(KUBERNETES_VERSION) -X $(KUBERNETES_STAMP).gitMajor=1 -X $(KUBERNETES_STAMP).gitMinor=32 -X $(KUBERNETES_STAMP).gitTreeState=clean" .
+	@touch $@
+
+.PHONY: e2e-build
+e2e-build: go-is-there $(KUBERNETES) ## build the Kubernetes that make e2e runs, ahead (15 minutes the first time)
+
+# Which tests, and more flags, such as E2EFLAGS='-test.run Reboot'.
+E2EFLAGS ?=
+E2E_TEST := bin/e2e/e2e.test -test.v -test.timeout 30m
+
+.PHONY: e2e
+e2e: go-is-there ## run Sluice on a real cluster, made for it (root); KUBECONFIG=... make e2e: on yours
+	@CGO_ENABLED=0 go test -c -o bin/e2e/e2e.test ./tests/e2e
+	@if [[ -n "$${KUBECONFIG:-}" ]]; then \
+		$(E2E_TEST) $(E2EFLAGS) || { echo "Some tests failed on the cluster of $$KUBECONFIG: see FAIL above, and docs/e2e.md."; exit 1; }; \
+	else $(MAKE) e2e-here; fi
+
+# What make e2e does where it is given no cluster.
+.PHONY: e2e-here
+e2e-here: root $(KUBERNETES)
+	$(DEPS) e2e
+	@CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/e2e/podapp ./tests/e2e/podapp
+	@$(MAKE) image PLATFORMS=$$(go env GOARCH)
+	@$(E2E_TEST) -e2e.kubernetes=$(CURDIR)/$(KUBERNETES) -e2e.podapp=$(CURDIR)/bin/e2e/podapp \
+		-e2e.image=$(CURDIR)/bin/image/sluice.tar -e2e.manifest=$(CURDIR)/deploy/sluice.yaml -e2e.logs=$(CURDIR)/bin/e2e/logs $(E2EFLAGS) || \
+		{ echo "Some tests failed, or the machine is not as it was: see FAIL and \"left behind\" above; the logs of the cluster are in bin/e2e/logs."; exit 1; }
 
 .PHONY: clean
 clean: ## remove what the other targets made

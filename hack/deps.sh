@@ -24,6 +24,7 @@ usage: hack/deps.sh GROUP...
   lint   clang-format and shellcheck
   bench  demo, the firewalls to compare with, and wrk
   vm     qemu and what an initramfs is made with
+  e2e    a container runtime, etcd and a proxy, for a cluster
   all    every group
 USAGE
 }
@@ -40,7 +41,8 @@ group_packages() {
 	lint) echo clang-format-19=clang-format-19 shellcheck=shellcheck ;;
 	bench) echo "$(group_packages demo) iptables=iptables nftables=nft wrk=wrk" ;;
 	vm) echo qemu-system-x86=qemu-system-x86_64 cpio=cpio kmod=modprobe xz-utils=xz ;;
-	all) for g in build test race bpf lint bench vm; do group_packages "$g"; done ;;
+	e2e) echo containerd=containerd runc=runc etcd-server=etcd containernetworking-plugins haproxy=haproxy iptables=iptables util-linux=nsenter libc-bin=ldd ;;
+	all) for g in build test race bpf lint bench vm e2e; do group_packages "$g"; done ;;
 	*) return 2 ;;
 	esac
 }
@@ -87,15 +89,18 @@ apt_names() { # NAME...
 policy=/usr/sbin/policy-rc.d
 policy_mark='# written by sluice hack/deps.sh for the time of one installation'
 
-haproxy_is_new=
+# PACKAGE=SERVICE: what Debian's packages of these would start.
+services=(haproxy=haproxy containerd=containerd etcd-server=etcd)
+new_services=()
 
 tidy_up() {
 	if grep -qsxF "$policy_mark" "$policy"; then rm -f "$policy"; fi
 	# Not started now, and not at the next boot either.
-	if [[ -n $haproxy_is_new ]]; then
-		deb-systemd-helper disable haproxy.service >/dev/null 2>&1 || true
-		update-rc.d haproxy disable >/dev/null 2>&1 || true
-	fi
+	local service
+	for service in "${new_services[@]}"; do
+		deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
+		update-rc.d "$service" disable >/dev/null 2>&1 || true
+	done
 }
 
 policy_place() {
@@ -125,8 +130,11 @@ apt_update() {
 }
 
 apt_install() { # NAME...
+	local service
 	policy_place
-	[[ " $* " != *" haproxy "* ]] || haproxy_is_new=yes
+	for service in "${services[@]}"; do
+		[[ " $* " != *" ${service%%=*} "* ]] || new_services+=("${service#*=}")
+	done
 	say "installing $*"
 	if ! apt_quiet install --no-install-recommends "$@"; then
 		apt_update # the lists may name versions that the mirror has dropped
