@@ -131,12 +131,26 @@ static __always_inline int from_rerouted(struct bpf_sk_lookup *ctx, const struct
  * outside has one of ours (IPv4 drops martian sources; over IPv6 the answer to
  * one would never leave the pod).
  */
+static __always_inline bool from_within(const struct pod *pod, __u64 cookie,
+					const struct addr *remote)
+{
+	return addr_is_loopback(remote) || is_own(pod, cookie, remote);
+}
+
 static __always_inline bool over_loopback(struct bpf_sk_lookup *ctx, const struct pod *pod,
 					  __u64 cookie, const struct addr *remote)
 {
-	if (have_ingress_ifindex && ctx->ingress_ifindex == LOOPBACK_IFINDEX)
-		return true;
-	return addr_is_loopback(remote) || is_own(pod, cookie, remote);
+	return (have_ingress_ifindex && ctx->ingress_ifindex == LOOPBACK_IFINDEX) ||
+	       from_within(pod, cookie, remote);
+}
+
+/* Did a machine behind the pod send it? */
+static __always_inline bool enters_rerouted(struct bpf_sk_lookup *ctx, const struct pod *pod,
+					    __u64 cookie, const struct addr *remote)
+{
+	return have_ingress_ifindex && pod->flags & POD_REROUTES &&
+	       interface_kind(cookie, ctx->ingress_ifindex) == INTERFACE_REROUTED &&
+	       !from_within(pod, cookie, remote);
 }
 
 /* Kernels that do not say where a packet came in enrol no pod that excludes
@@ -185,8 +199,7 @@ int inbound(struct bpf_sk_lookup *ctx)
 		return SK_DROP;
 	}
 	read_addrs(ctx, &local, &remote);
-	if (have_ingress_ifindex && pod->flags & POD_REROUTES &&
-	    interface_kind(this->cookie, ctx->ingress_ifindex) == INTERFACE_REROUTED)
+	if (enters_rerouted(ctx, pod, this->cookie, &remote))
 		return from_rerouted(ctx, this, pod, &local);
 	if (addr_is_target6(&local) && pod->flags & POD_REROUTES6) {
 		count_packet(this, REFUSED_REROUTED); /* nobody else has business there */

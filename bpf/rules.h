@@ -254,16 +254,22 @@ static __always_inline bool is_for_client(const struct pod *pod, const struct ca
 	return pod->flags & POD_TPROXY && (c->mark == SLUICE_TPROXY_MARK || is_foreign(c));
 }
 
-/* O3, O6: does the proxy call a service that it is itself in front of? In TPROXY
- * mode that is asked of any of its identities, of the ports that are captured
- * inbound; and, as ever, of the first one for all ports.
+/* T3: in TPROXY mode a call of any of the proxy's identities to its own pod comes
+ * back in, to the ports that are captured inbound. Excluded outbound ports (O1) do not
+ * matter to it.
  */
-static __always_inline bool is_self_call(const struct pod *pod, const struct call *c, __u32 proxy,
-					 bool dns)
+static __always_inline bool is_tproxy_self_call(const struct pod *pod, const struct call *c,
+						__u32 proxy)
 {
-	if (c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF))
-		return true;
 	return pod->flags & POD_TPROXY && proxy && captured_in(pod, c->port);
+}
+
+/* O3, O6: does the proxy call a service that it is itself in front of? That is asked
+ * of its first identity.
+ */
+static __always_inline bool is_self_call(const struct call *c, __u32 proxy, bool dns)
+{
+	return c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF);
 }
 
 /* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
@@ -279,6 +285,7 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	bool lo = is_lo_address(pod, &c->dst);
 	enum rule_verdict by_address, by_port = 0;
 	__u32 proxy, uid, gid;
+	bool comes_back;
 	__u64 id;
 
 	if (!addr_is_unicast(&c->dst) || own == OWN_BROADCAST)
@@ -289,21 +296,22 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	id = bpf_get_current_uid_gid();
 	uid = id;
 	gid = id >> 32;
-	if (tcp && local && is_for_client(pod, c) && proxy_flags(pod->rules_id, uid, gid))
-		return is_capture_port(pod, c->port) ? REFUSED_LOOP : DIRECT_PROXY_SOURCE;
+	proxy = proxy_flags(pod->rules_id, uid, gid);
+	if (tcp && local && is_for_client(pod, c) && proxy)
+		return is_capture_port(pod, c->port) ? REFUSED_LOOP : DIRECT_PROXY_SOURCE; /* T1 */
 	if (pod->flags & POD_HAS_INTERFACES && leaves_by_excluded(c, local, route))
 		return DIRECT_INTERFACE; /* O0 */
+	comes_back = tcp && local && !lo && is_tproxy_self_call(pod, c, proxy);
 	if (pod->flags & POD_OUT_HAS_PORTS)
 		by_port = port_rule(pod->rules_id, DIR_OUT, c->port);
-	if (by_port == RULE_DIRECT)
+	if (by_port == RULE_DIRECT && (!comes_back || from_proxy_source(c)))
 		return DIRECT_PORT_OUT; /* O1 */
-	proxy = proxy_flags(pod->rules_id, uid, gid);
 	if (tcp && local && is_capture_port(pod, c->port) && (proxy || from_proxy_source(c)))
 		return REFUSED_LOOP; /* it would be handed its own connection, for ever */
 	if (local && from_proxy_source(c))
 		return DIRECT_PROXY_SOURCE; /* O2 */
-	if (tcp && local && !lo && is_self_call(pod, c, proxy, dns))
-		return CAPTURED_SELF; /* O3, O6 */
+	if (comes_back || (tcp && local && !lo && is_self_call(c, proxy, dns)))
+		return CAPTURED_SELF; /* O3, O6, T3 */
 	if (local && !dns && !(pod->flags & POD_LOCAL_CAPTURABLE))
 		return lo ? DIRECT_LOOPBACK : DIRECT_LOCAL; /* O4, O7 */
 	if (proxy)

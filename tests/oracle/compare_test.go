@@ -59,12 +59,7 @@ func (r report) String() string {
 
 // compare tries a configuration with iptables, with Sluice, and with both.
 func (l *lab) compare(q request) (report, error) {
-	var all []probe
-	for _, p := range probes(q.config, q.slow) {
-		if !q.byTProxy() || p.From == inPod || p.toPod() {
-			all = append(all, p)
-		}
-	}
+	all := probes(q.config, q.slow)
 	out := report{request: q, probes: len(all)}
 	var sites []*site
 	for _, r := range q.iptables {

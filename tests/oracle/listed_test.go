@@ -30,10 +30,12 @@ var listed = []struct {
 	{"bound-loopback", boundLoopback},
 	{"loop", loop},
 	{"device", device},
+	{"tproxy-rerouted", tproxyRerouted},
 	{"forwarded", forwarded},
 	{"in-name", inName},
 	{"tproxy-hbone", tproxyHBONE},
 	{"tproxy-unmarked", tproxyUnmarked},
+	{"tproxy-for-client", tproxyForClient},
 	{"tproxy-self-name", tproxySelfName},
 	{"in-15001", inOutboundPort},
 	{"rerouted-name", reroutedName},
@@ -150,7 +152,7 @@ func loop(x *comparison) {
 	if x.From != inPod || x.UDP || x.want.Result == "ENETUNREACH" || !x.toLocal() || port != x.Rules.OutboundPort && port != x.Rules.InboundPort {
 		return
 	}
-	if slices.Contains(x.Rules.ExcludeOutboundPorts, port) && !forClient {
+	if slices.Contains(x.Rules.ExcludeOutboundPorts, port) && !forClient && !x.comesBack() {
 		return // direct, before who calls is asked
 	}
 	source := x.Source
@@ -171,10 +173,11 @@ func device(x *comparison) {
 	x.want.Result = "ENETUNREACH"
 }
 
-// forwarded: what goes through the pod to somebody else passes by Sluice.
+// forwarded: what goes through the pod to somebody else passes by Sluice. In TPROXY
+// mode Istio's rules deliver the answers of what they do not capture to the pod.
 func forwarded(x *comparison) {
-	through := concat(farAll, machine)
-	if x.both || x.From == inPod || x.want.By != "proxy:in" || !slices.Contains(through, x.To.Addr()) {
+	lost := x.byTProxy() && x.want.Result == "timed out"
+	if x.both || !x.through() || x.want.By != "proxy:in" && !lost {
 		return
 	}
 	results, by := plainly(x.Families, x.probe, x.To)
@@ -182,7 +185,12 @@ func forwarded(x *comparison) {
 		x.want = outcome{Result: results[0]}
 		return
 	}
-	x.want.By, x.want.ByName, x.want.OrigDst = by, x.To.String(), "ENOENT"
+	at := map[place][]netip.Addr{inVM: machine, inFar: {far[0], far[2]}, inOther: other}[x.From]
+	client := at[0].String() + " p"
+	if x.To.Addr().Is6() {
+		client = at[1].String() + " p"
+	}
+	x.want = outcome{Result: "connected", Name: client, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: client, OrigDst: "ENOENT"}
 }
 
 func inName(x *comparison) {
@@ -207,14 +215,51 @@ func tproxyUnmarked(x *comparison) {
 	if !x.ForClient || x.want.Result != "timed out" {
 		return
 	}
-	marked := x.probe
-	marked.MayVanish = false
-	results, by := plainly(x.Families, marked, x.To)
+	x.reachesApp(x.Source.String() + " p")
+}
+
+// tproxyForClient: Istio's lines for an identity's calls to its own pod (O3, O6) do
+// not ask for the mark, and the call comes back to the proxy, to be made again.
+func tproxyForClient(x *comparison) {
+	if x.byTProxy() && (x.ForClient || x.Mark == clientMark) && x.want.By == "proxy:in" {
+		x.reachesApp(x.want.Name)
+	}
+}
+
+// reachesApp: the call gets where it is sent, from this source.
+func (x *comparison) reachesApp(source string) {
+	p := x.probe
+	p.MayVanish = false
+	results, by := plainly(x.Families, p, x.To)
 	x.want = outcome{Result: results[0]}
 	if by != "" {
-		client := x.Source.String() + " p"
-		x.want = outcome{Result: results[0], Name: client, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: client, OrigDst: x.To.String()}
+		x.want = outcome{Result: results[0], Name: source, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: source, OrigDst: x.To.String()}
 	}
+}
+
+// tproxyRerouted: the mangle table gives a machine's packets to the inbound port
+// before the nat table, which alone knows of rerouted interfaces, sees them.
+func tproxyRerouted(x *comparison) {
+	switch {
+	case !x.byTProxy() || !x.entersRerouted() || x.want.By != "proxy:in":
+	case x.rerouted():
+		x.want.By = "proxy:out"
+	case x.toLocal():
+		x.reachesApp(x.want.Name)
+	}
+}
+
+// comesBack: in TPROXY mode, a call of the proxy's to its own pod which Istio's
+// mangle table sends to the inbound port, whatever is excluded outbound.
+func (x *comparison) comesBack() bool {
+	fromProxy := x.Source == lo[2] || x.Source == lo[4] || !x.Source.IsValid() && x.To.Addr() == lo[4]
+	return x.byTProxy() && x.isProxy(x.ID) && x.capturesIn(x.To.Port()) && !fromProxy && !x.toLoopback()
+}
+
+// toLoopback: to what counts as 127.0.0.1 or ::1.
+func (x *comparison) toLoopback() bool {
+	a := x.To.Addr()
+	return a.IsUnspecified() || a == lo[3] || x.Rules.Loopback.Contains(a)
 }
 
 // tproxySelfName: in TPROXY mode the proxy sees of its own pod's calls too where
@@ -240,9 +285,14 @@ func ownPort(x *comparison) {
 
 // rerouted: from a machine behind the pod, by the proxy in place of who was called.
 func (x *comparison) rerouted() bool {
+	r := x.Rules.IncludeOutboundCIDRs
+	return x.entersRerouted() && (r.All || holds(r.List, x.To.Addr()))
+}
+
+// entersRerouted: it comes in by a rerouted interface.
+func (x *comparison) entersRerouted() bool {
 	by := map[place]string{inVM: "vm0", inOther: "net1", inFar: "eth0"}[x.From]
-	r := x.Rules
-	return !x.UDP && slices.Contains(r.RerouteInterfaces, by) && (r.IncludeOutboundCIDRs.All || holds(r.IncludeOutboundCIDRs.List, x.To.Addr()))
+	return !x.UDP && slices.Contains(x.Rules.RerouteInterfaces, by)
 }
 
 func holds(list []netip.Prefix, a netip.Addr) bool {

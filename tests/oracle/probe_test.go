@@ -3,6 +3,7 @@ package oracle
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -168,10 +169,26 @@ func probes(c config, slow bool) []probe {
 	var out []probe
 	for _, p := range all {
 		if p.possible(c.Families) {
+			p.MayVanish = p.MayVanish || c.byTProxy() && !p.UDP && p.through() && !c.capturesIn(p.To.Port())
 			out = append(out, p)
 		}
 	}
 	return out
+}
+
+// through: it goes through the pod to somebody else.
+func (p probe) through() bool { return p.From != inPod && !isLocal(p.To.Addr()) }
+
+// capturesIn: is a port captured inbound?
+func (c config) capturesIn(port uint16) bool {
+	r, err := c.Rules.Normalise()
+	if err != nil {
+		return false // which whoever runs it says
+	}
+	if r.IncludeInboundPorts.All {
+		return !slices.Contains(r.ExcludeInboundPorts, port)
+	}
+	return slices.Contains(r.IncludeInboundPorts.List, port)
 }
 
 // possible: a pod without a family cannot be called by it, nor bind to it.
@@ -184,7 +201,7 @@ func (p probe) possible(f families) bool {
 }
 
 func tcpOut() (out []probe) {
-	everywhere := concat(own, farAll, lo, lost)
+	everywhere := concat(own, inner, farAll, lo, lost)
 	for _, id := range everybody {
 		for _, to := range everywhere {
 			out = append(out, probe{From: inPod, ID: id, To: netip.AddrPortFrom(to, plainPort)})

@@ -60,7 +60,7 @@ func draw(seed uint64) config {
 		r.ExcludeInterfaces = some(d, 2, []string{"eth0", "net1", "vm0", "lo", "nosuch0"})
 	}
 	if d.chance(30) {
-		r.RerouteInterfaces = slices.DeleteFunc(some(d, 2, []string{"vm0", "nosuch1"}), func(name string) bool {
+		r.RerouteInterfaces = slices.DeleteFunc(some(d, 2, []string{"vm0", "vm0", "net1", "nosuch1"}), func(name string) bool {
 			return slices.Contains(r.ExcludeInterfaces, name)
 		})
 	}
@@ -68,6 +68,9 @@ func draw(seed uint64) config {
 		c.Inbound = datapath.InboundTC
 	}
 	c.Families = some1(d, []families{dualStack, dualStack, dualStack, dualStack, only4, only6})
+	if d.chance(30) {
+		r.Mode = rules.TProxy
+	}
 	return c
 }
 
@@ -102,14 +105,13 @@ func (d drawer) ranges(n int) (out []netip.Prefix) {
 func TestRandomConfigurations(t *testing.T) {
 	l := newLab(t)
 	start := time.Now()
-	probes, left := 0, 0
+	probes, tproxy := 0, 0
 	t.Logf("seeds %d to %d", *firstSeed, *firstSeed+uint64(*randomN)-1)
 	for i := range *randomN {
 		seed := *firstSeed + uint64(i)
 		c := draw(seed)
-		if missing(c) != "" {
-			c.Rules.ExcludeInterfaces, c.Rules.RerouteInterfaces, c.Rules.Mode = nil, nil, rules.Redirect
-			left++
+		if c.byTProxy() {
+			tproxy++
 		}
 		q := request{config: c, iptables: []redirection{[]redirection{legacy, nft}[i%2]}}
 		r, err := l.compare(q)
@@ -124,7 +126,7 @@ func TestRandomConfigurations(t *testing.T) {
 			t.Logf("%d of %d configurations, %d probes, %v, no unlisted difference", i+1, *randomN, probes, time.Since(start).Round(time.Second))
 		}
 	}
-	t.Logf("with listed differences: %v; without interfaces, for Sluice has no such rules yet: %d configurations", l.used, left)
+	t.Logf("%d of them in TPROXY mode; with listed differences: %v", tproxy, l.used)
 }
 
 // shrink looks for the smallest configuration that still differs.

@@ -2,7 +2,6 @@ package oracle
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -179,9 +178,6 @@ func TestTable(t *testing.T) {
 	for _, row := range table {
 		t.Run(row.name, func(t *testing.T) {
 			ran++
-			if what := missing(row.config); what != "" {
-				t.Skip("Sluice has no", what, "yet: see notYet")
-			}
 			r, err := l.compare(request{config: row.config, iptables: []redirection{legacy, nft}, slow: row.slow})
 			if err != nil {
 				t.Fatal(err)
@@ -289,11 +285,4 @@ func plainly(f families, p probe, to netip.AddrPort) (results []string, by strin
 		name = fmt.Sprint("pod:", port)
 	}
 	return results, name
-}
-
-// TestNotYet lists what is not run at all.
-func TestNotYet(t *testing.T) {
-	for _, what := range slices.Sorted(maps.Keys(notYet)) {
-		t.Log("not compared so far:", what)
-	}
 }
