@@ -401,3 +401,37 @@ func TestAMachinesIPv6IsDroppedWhereThePodHasNone(t *testing.T) {
 	}
 	kit.Eventually(t, "the SYN is dropped", func() bool { return p.Stat(d, notRerouted) == 1 })
 }
+
+// The kernel says of such a call that it comes in by the machine's interface.
+func TestThePodCallsItsOwnAddressOnAReroutedInterface(t *testing.T) {
+	d := kit.Datapath(t)
+	for _, f := range machineFamilies {
+		t.Run(f.name, func(t *testing.T) {
+			p := newRouter(t)
+			addMachine(t, p)
+			app := p.Listen(kit.App, at(f.wildcard, 8080))
+			calls := func(when string) {
+				t.Helper()
+				sources := []netip.Addr{{}}
+				if f.socket == unix.AF_INET {
+					sources = append(sources, netip.MustParseAddr("127.0.0.6"))
+				}
+				for _, source := range sources {
+					var from []kit.Option
+					if source.IsValid() {
+						from = append(from, kit.Bind(netip.AddrPortFrom(source, 0)))
+					}
+					client, err := p.Dial(kit.App, f.socket, ap(f.inner, 8080), from...)
+					if err != nil {
+						t.Errorf("%s, from %v: %v", when, source, err)
+						continue
+					}
+					kit.Exchange(t, client, app.MustAccept(), 1000)
+				}
+			}
+			calls("without Sluice")
+			p.Enroll(d, rerouting())
+			calls("enrolled")
+		})
+	}
+}

@@ -138,6 +138,7 @@ var table = []struct {
 		r.OutboundPort, r.InboundPort, r.DNSPort = 16001, 16006, 16053
 		r.DNS = true
 	})},
+	{"the second interface rerouted", false, with(func(r *rules.Rules) { r.RerouteInterfaces = []string{"net1", "nosuch"} })},
 	{"the machine's interface excluded", false, with(func(r *rules.Rules) { r.ExcludeInterfaces = []string{"vm0"} })},
 
 	{"TPROXY", true, byTProxy(func(*rules.Rules) {})},
@@ -149,6 +150,27 @@ var table = []struct {
 	{"TPROXY, no inbound port", false, byTProxy(func(r *rules.Rules) { r.IncludeInboundPorts = rules.Ports{} })},
 	{"TPROXY, an excluded interface", false, byTProxy(func(r *rules.Rules) { r.ExcludeInterfaces = []string{"net1"} })},
 	{"TPROXY, lo excluded", false, byTProxy(func(r *rules.Rules) { r.ExcludeInterfaces = []string{"lo"} })},
+	{"TPROXY, a UID alone", false, byTProxy(func(r *rules.Rules) { r.ProxyGIDs = nil })},
+	{"TPROXY, a GID alone", false, byTProxy(func(r *rules.Rules) { r.ProxyUIDs = nil })},
+	{"TPROXY, root is the proxy", false, byTProxy(func(r *rules.Rules) { r.ProxyUIDs = ids(0) })},
+	{"TPROXY, excluded ports", false, byTProxy(func(r *rules.Rules) {
+		r.ExcludeOutboundPorts = []uint16{80, 15006, 15008}
+		r.ExcludeInboundPorts = []uint16{81, 15001}
+	})},
+	{"TPROXY, ports and ranges", false, byTProxy(func(r *rules.Rules) {
+		r.IncludeOutboundCIDRs = rules.CIDRs{List: prefixes("10.96.0.0/16", "fd96::/64")}
+		r.IncludeOutboundPorts = []uint16{81}
+		r.ExcludeOutboundCIDRs = prefixes("10.98.0.0/16", "fd98::/64")
+	})},
+	{"TPROXY, loopback included", false, byTProxy(func(r *rules.Rules) {
+		r.IncludeOutboundCIDRs = rules.CIDRs{List: prefixes("127.0.0.2/32", "10.99.0.0/24", "fd99::/64")}
+	})},
+	{"TPROXY, DNS", false, byTProxy(func(r *rules.Rules) { r.DNS = true })},
+	{"TPROXY, a rerouted interface", false, byTProxy(func(r *rules.Rules) { r.RerouteInterfaces = []string{"vm0"} })},
+	{"TPROXY, a rerouted interface, ranges", false, byTProxy(func(r *rules.Rules) {
+		r.RerouteInterfaces = []string{"vm0"}
+		r.IncludeOutboundCIDRs = rules.CIDRs{List: prefixes("10.96.0.0/16", "fd96::/64")}
+	})},
 	{"TPROXY, a wide loopback", false, byTProxy(func(r *rules.Rules) { r.Loopback = netip.MustParsePrefix("127.0.0.0/8") })},
 }
 

@@ -22,7 +22,9 @@ const (
 )
 
 // mangle is the table that TPROXY mode adds; PREROUTING of nat then has no
-// ISTIO_INBOUND.
+// ISTIO_INBOUND. T1: the proxy's calls for clients, which are marked, are left alone;
+// T2: the answers to them come back to the proxy; T3: its calls to its own pod come
+// back in; T4: nothing else does over lo.
 func (i *iptables) mangle() {
 	for _, name := range i.ExcludeInterfaces {
 		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
@@ -33,7 +35,7 @@ func (i *iptables) mangle() {
 	i.add("", "-A ISTIO_TPROXY ! -d %s -p tcp -j TPROXY --tproxy-mark %d/0xffffffff --on-port %d", i.loopback(), clientMark, i.InboundPort)
 	i.add("T1", "-A ISTIO_INBOUND -p tcp -m mark --mark %d -j RETURN", clientMark)
 	i.add("", "-A ISTIO_INBOUND -p tcp -s %s -i lo -j RETURN", i.source())
-	i.add("", "-A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark %d -j RETURN", selfCallMark)
+	i.add("T4", "-A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark %d -j RETURN", selfCallMark)
 	if i.capturesInbound() {
 		i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
 	}
@@ -47,7 +49,7 @@ func (i *iptables) mangle() {
 		i.toTProxy(fmt.Sprintf(" --dport %d", port))
 	}
 	i.add("T2", "-A PREROUTING -p tcp -m mark --mark %d -j CONNMARK --save-mark", clientMark)
-	i.add("", "-A OUTPUT -p tcp -o lo -m mark --mark %d -j RETURN", clientMark)
+	i.add("T1", "-A OUTPUT -p tcp -o lo -m mark --mark %d -j RETURN", clientMark)
 	for _, owner := range i.identities() {
 		i.add("T3", "-A OUTPUT ! -d %s -p tcp -o lo -m owner %s -j MARK --set-mark %d", i.loopback(), owner, selfCallMark)
 	}
