@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 // comparison is of one probe: what iptables did, what is wanted of Sluice (the
@@ -212,18 +214,41 @@ func tproxyHBONE(x *comparison) {
 // tproxyUnmarked: a call for a client without the mark, or of a loopback address,
 // gets no answer by Istio's marks. Sluice marks it itself.
 func tproxyUnmarked(x *comparison) {
-	if !x.ForClient || x.want.Result != "timed out" {
+	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() {
 		return
 	}
 	x.reachesApp(x.Source.String() + " p")
 }
 
 // tproxyForClient: Istio's lines for an identity's calls to its own pod (O3, O6) do
-// not ask for the mark, and the call comes back to the proxy, to be made again.
+// not ask for the mark. The call comes back to the proxy, to be made again; over IPv4
+// from a client's address nobody answers.
 func tproxyForClient(x *comparison) {
-	if x.byTProxy() && (x.ForClient || x.Mark == clientMark) && x.want.By == "proxy:in" {
-		x.reachesApp(x.want.Name)
+	if !x.byTProxy() || !x.ForClient && x.Mark != clientMark || !x.isSelf() {
+		return
 	}
+	source := x.want.Name
+	switch {
+	case x.want.By == "proxy:in":
+	case x.ForClient && x.want.Result == "timed out":
+		source = x.Source.String() + " p"
+	default:
+		return
+	}
+	x.reachesApp(source)
+}
+
+// isSelf: Istio's nat table redirects it as a call of the proxy to its own pod.
+func (x *comparison) isSelf() bool {
+	c, what := x.Rules.Compile(), rules.Self
+	id := c.UIDs[uint32(x.ID.UID)]
+	if id == 0 {
+		id = c.GIDs[uint32(x.ID.GID)]
+	}
+	if x.Rules.DNS && x.To.Port() == portDNS {
+		what = rules.SelfDNS
+	}
+	return id&what != 0 && x.To.Port() != portHBONE
 }
 
 // reachesApp: the call gets where it is sent, from this source.

@@ -120,6 +120,7 @@ func TestRandomConfigurations(t *testing.T) {
 		}
 		probes += r.probes * 3
 		if len(r.differences) > 0 {
+			t.Logf("seed %d: %s\nlooking for a smaller one", seed, r)
 			t.Fatalf("seed %d: %s", seed, l.shrink(r))
 		}
 		if (i+1)%20 == 0 {
