@@ -38,7 +38,19 @@ type Options struct {
 	// Targets is the size of the address books together; TargetShare is how
 	// many destinations one pod's may hold.
 	Targets, TargetShare uint32
-	Log                  logrus.FieldLogger
+	// Limit, if there is one, takes away some of what the kernel has been found to
+	// have: tests run what older kernels run.
+	Limit func(*Features)
+	Log   logrus.FieldLogger
+}
+
+// probe is Probe, limited.
+func (o *Options) probe() (Features, error) {
+	f, err := Probe()
+	if err == nil && o.Limit != nil {
+		o.Limit(&f)
+	}
+	return f, err
 }
 
 // One pod may hold a quarter of handshakes, which a pod with a full backlog
@@ -134,7 +146,7 @@ func Open(opts Options) (*Datapath, error) {
 		return nil, errors.Join(err, d.Close())
 	}
 	var err error
-	if d.features, err = Probe(); err != nil {
+	if d.features, err = opts.probe(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
