@@ -212,9 +212,12 @@ func tproxyHBONE(x *comparison) {
 }
 
 // tproxyUnmarked: a call for a client without the mark, or of a loopback address,
-// gets no answer by Istio's marks. Sluice marks it itself.
+// gets no answer by Istio's marks, nor for a client behind an excluded interface or
+// with lo excluded: the answer passes by the line that restores the mark. Sluice marks
+// it itself.
 func tproxyUnmarked(x *comparison) {
-	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() {
+	passed := slices.ContainsFunc(x.Rules.ExcludeInterfaces, func(name string) bool { return name == "eth0" || name == "lo" })
+	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() && !passed {
 		return
 	}
 	x.reachesApp(x.Source.String() + " p")
