@@ -142,10 +142,6 @@ func forClients() (out []probe) {
 			}
 		}
 	}
-	for i, to := range machine { // delivered to the pod, by the mark
-		out = append(out, probe{From: inPod, ID: kit.TProxy, To: netip.AddrPortFrom(to, plainPort), MayVanish: true,
-			Source: far[2*i], ForClient: true, Mark: clientMark})
-	}
 	return out
 }
 
