@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The pinned toolchain, and an image with nothing but the static binaries:
+# The pinned toolchain. Sluice's own image is made by 'make image', without Docker:
 #
-#   docker build -f Dockerfile.builder --target builder -t sluice-builder .
+#   docker build -f Dockerfile.builder -t sluice-builder .
 #   docker run --rm -v "$PWD:/src" sluice-builder make generate-check
-#   docker build -f Dockerfile.builder -t sluice .
 
 FROM golang:1.26-bookworm AS go
 
@@ -19,15 +18,3 @@ COPY hack/deps.sh hack/deps.sh
 RUN hack/deps.sh build bpf && rm -rf /var/lib/apt/lists/*
 # The source may be mounted here by another user than root.
 RUN git config --system --add safe.directory /src
-
-FROM builder AS build
-COPY go.mod go.sum ./
-RUN go mod download
-COPY . .
-RUN make build
-
-FROM scratch AS runtime
-COPY --from=build /src/bin/ /usr/local/bin/
-COPY LICENSE /LICENSE
-ENV PATH=/usr/local/bin
-ENTRYPOINT ["sluicectl"]

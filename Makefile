@@ -85,6 +85,13 @@ oracle-mutants: root go-is-there ## take each rule out of iptables and of Sluice
 	$(DEPS) test bpf
 	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run TestOracleNoticesAMissingRule ./tests/oracle -oracle.mutate
 
+.PHONY: upgrade
+upgrade: root go-is-there ## replace, kill and churn Sluice under load (root, clang, 6 minutes)
+	$(DEPS) test bpf
+	@SLUICE_REQUIRE_ROOT=1 go test -tags sluice_failpoints -count=1 -timeout 20m $(TESTFLAGS) ./pkg/failpoint ./tests/upgrade || \
+		{ echo "Something failed, escaped or was left behind: see the lines that begin with FAIL above."; exit 1; }
+	@echo "Nothing failed, escaped or was left behind."
+
 .PHONY: race
 race: root go-is-there ## run the tests of pkg/ and cmd/ under the race detector (root)
 	$(DEPS) test race
@@ -99,14 +106,21 @@ FUZZTIME ?= 30s
 fuzz: go-is-there ## run every fuzz target for FUZZTIME (30s each)
 	@FUZZTIME=$(FUZZTIME) hack/fuzz.sh
 
-# More flags for the benchmark, such as BENCHFLAGS=--quick.
+# More flags for the benchmark, such as BENCHFLAGS=--quick, and where it writes.
 BENCHFLAGS ?=
+BENCH_OUT ?= bench-out
 
 .PHONY: bench
-bench: root go-is-there ## measure Sluice beside iptables and no mesh, into bench-out/ (root, 5 minutes)
-	$(DEPS) test
+bench: root go-is-there ## measure Sluice beside iptables, nftables and no mesh, into bench-out/ (root, under 20 minutes)
+	$(DEPS) bench
 	@$(MAKE) build
-	bin/sluicectl bench --out bench-out $(BENCHFLAGS)
+	bin/sluicectl bench --out $(BENCH_OUT) $(BENCHFLAGS)
+
+.PHONY: bench-check
+bench-check: root go-is-there ## measure quickly, and fail if a ratio leaves its band (docs/benchmark.md) (root)
+	$(DEPS) bench
+	@$(MAKE) build
+	bin/sluicectl bench --quick --check --out $(BENCH_OUT) $(BENCHFLAGS)
 
 .PHONY: vm
 vm: root go-is-there ## run the datapath tests under another kernel in qemu: make vm KERNEL=6.1
@@ -114,6 +128,39 @@ vm: root go-is-there ## run the datapath tests under another kernel in qemu: mak
 	@$(MAKE) build
 	@CGO_ENABLED=0 go test -c -o bin/netns.test ./tests/netns
 	tests/vm/run.sh -f bin/sluicectl:/bin/sluicectl -f bin/netns.test:/bin/netns.test $(KERNEL)
+
+# The version of what is released next: the chart's, and the image's tag.
+VERSION ?= $(shell sed -n 's/^appVersion: *//p' deploy/chart/Chart.yaml)
+# The image's name without tag. Nothing pulls from "localhost": it comes from the tarball.
+IMAGE ?= localhost/sluice
+PLATFORMS ?= amd64,arm64
+
+.PHONY: image
+image: go-is-there ## build the image (amd64, arm64) into bin/image/, as OCI layout and tarball: make image VERSION=... IMAGE=...
+	@go -C hack/image build -o $(CURDIR)/bin/tools/image .
+	@bin/tools/image --version '$(VERSION)' --name '$(IMAGE)' --platforms '$(PLATFORMS)' \
+		--revision "$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+		--created "$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)}"
+
+HELM := bin/tools/helm
+# The Kubernetes that helm renders for where it is not told; it would be 1.20.
+HELM_RENDERS_FOR := -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=34
+
+$(HELM): hack/helm/go.mod hack/helm/go.sum
+	@echo "building helm (about two minutes the first time)"
+	@CGO_ENABLED=0 go -C hack/helm build -trimpath -ldflags '-s -w $(HELM_RENDERS_FOR)' -o $(CURDIR)/$@ helm.sh/helm/v3/cmd/helm
+	@touch $@
+
+.PHONY: deploy
+deploy: go-is-there $(HELM) ## render deploy/sluice.yaml and deploy/kustomize/ from the chart
+	@HELM=$(HELM) hack/render.sh
+
+.PHONY: deploy-check
+deploy-check: go-is-there $(HELM) ## test the chart and the image builder; fail if what is rendered from the chart differs
+	@HELM=$(HELM) hack/render.sh --check
+	@$(HELM) lint --strict deploy/chart
+	@go test -count=1 ./tests/deploy -deploy.helm=$(CURDIR)/$(HELM)
+	@go -C hack/image test -count=1 -timeout 20m ./...
 
 .PHONY: lint
 lint: go-is-there $(LINTER) ## check formatting, imports, Go and C style, and the scripts

@@ -22,6 +22,7 @@ usage: hack/deps.sh GROUP...
   race   a C compiler for the race detector
   bpf    clang, llvm and headers to regenerate the BPF objects
   lint   clang-format and shellcheck
+  bench  demo, the firewalls to compare with, and wrk
   vm     qemu and what an initramfs is made with
   all    every group
 USAGE
@@ -37,8 +38,9 @@ group_packages() {
 	race) echo gcc=gcc libc6-dev ;;
 	bpf) echo clang-19=clang-19 llvm-19=llvm-strip-19 libbpf-dev linux-libc-dev bpftool=bpftool ;;
 	lint) echo clang-format-19=clang-format-19 shellcheck=shellcheck ;;
+	bench) echo "$(group_packages demo) iptables=iptables nftables=nft wrk=wrk" ;;
 	vm) echo qemu-system-x86=qemu-system-x86_64 cpio=cpio kmod=modprobe xz-utils=xz ;;
-	all) for g in build test race bpf lint vm; do group_packages "$g"; done ;;
+	all) for g in build test race bpf lint bench vm; do group_packages "$g"; done ;;
 	*) return 2 ;;
 	esac
 }

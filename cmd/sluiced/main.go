@@ -24,6 +24,9 @@ func main() {
 func command() *cobra.Command {
 	config := agent.DefaultConfig()
 	config.Node = os.Getenv("NODE_NAME")
+	config.Self = agent.Self{
+		Namespace: os.Getenv("POD_NAMESPACE"), Pod: os.Getenv("POD_NAME"), UID: os.Getenv("POD_UID"), DaemonSet: os.Getenv("DAEMONSET_NAME"),
+	}
 	var kubeconfig string
 	var debug bool
 	cmd := &cobra.Command{
@@ -45,7 +48,7 @@ To remove redirection from a node: sluicectl down`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(*cobra.Command, []string) error {
-			return agent.Main(config, kubeconfig, debug, nil, os.Stderr)
+			return agent.Main(config, kubeconfig, debug, os.Stderr)
 		},
 	}
 	f := cmd.Flags()
@@ -61,6 +64,14 @@ To remove redirection from a node: sluicectl down`,
 	f.StringVar((*string)(&config.Mesh.Mode), "interception-mode", string(rules.Redirect), "of pods that do not say: REDIRECT or TPROXY")
 	f.StringVar((*string)(&config.Mesh.From), "capture", string(rules.Always), "of pods that do not say: always, or proxy-ready to let init containers out before the proxy listens")
 	f.BoolVar(&config.Mesh.DNS, "dns", false, "capture DNS of pods that do not say")
+	f.StringVar(&config.Install.ConfDir, "cni-conf-dir", "", "the runtime's directory of CNI configurations, usually /etc/cni/net.d; empty: install nothing")
+	f.StringVar(&config.Install.BinDir, "cni-bin-dir", "", "the runtime's directory of CNI plugins, usually /opt/cni/bin; goes with --cni-conf-dir")
+	f.StringVar(&config.Install.Plugin, "cni-plugin", config.Install.Plugin, "the plugin to install there")
+	f.StringVar(&config.Install.LogFile, "cni-log-file", config.Install.LogFile, "the plugin's log, on the host")
+	f.StringVar(&config.Self.Namespace, "namespace", config.Self.Namespace, "namespace of the daemon's own pod (env POD_NAMESPACE)")
+	f.StringVar(&config.Self.Pod, "pod", config.Self.Pod, "name of the daemon's own pod, for Events (env POD_NAME; its UID: env POD_UID)")
+	f.StringVar(&config.Self.DaemonSet, "daemonset", config.Self.DaemonSet, "the daemon's own DaemonSet: only its end is an uninstall (env DAEMONSET_NAME); empty: none ever is")
+	f.StringVar((*string)(&config.RunningPods), "uninstall-running-pods", string(config.RunningPods), "at an uninstall, enrolled pods are redirected until they end (keep), or no more at once (direct)")
 	f.BoolVar(&debug, "debug", false, "log each decision")
 	return cmd
 }

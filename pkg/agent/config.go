@@ -7,9 +7,13 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
+	"github.com/sluice-mesh/sluice/pkg/cni"
+	"github.com/sluice-mesh/sluice/pkg/conflist"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
 )
 
@@ -24,6 +28,31 @@ const (
 	RepairOff     Repair = "off"
 )
 
+// RunningPods is what becomes of the pods that run when Sluice is uninstalled.
+type RunningPods string
+
+// The ways.
+const (
+	RunningPodsKeep   RunningPods = "keep"   // redirected until they end
+	RunningPodsDirect RunningPods = "direct" // redirected no more, at once
+)
+
+// Install says where the node's container runtime looks for plugins. Without
+// directories nothing is installed.
+type Install struct {
+	ConfDir string // of network configurations, usually /etc/cni/net.d
+	BinDir  string // of plugins, usually /opt/cni/bin
+	Plugin  string // the binary to copy there
+	LogFile string // of the plugin, on the host
+}
+
+// Self is the daemon's own pod in Kubernetes. What is empty is not known.
+type Self struct {
+	Namespace string
+	DaemonSet string // only its end is an uninstall
+	Pod, UID  string // for Events
+}
+
 // Config says how the daemon works.
 type Config struct {
 	Node   string // its name in Kubernetes
@@ -35,18 +64,35 @@ type Config struct {
 	Mesh   mesh.Config
 	Repair Repair
 	Resync time.Duration // how often everything is compared
+
+	Install     Install
+	Self        Self
+	RunningPods RunningPods // at an uninstall
 }
 
 // DefaultConfig is what the flags of sluiced say by default.
 func DefaultConfig() Config {
 	return Config{
-		RunDir: "/var/run/sluice",
+		RunDir: agentapi.DefaultRunDir,
 		BPFFS:  "/sys/fs/bpf/sluice",
 		Listen: "127.0.0.1:15095",
 		Mesh:   mesh.DefaultConfig(),
 		Repair: RepairInPlace,
 		Resync: 2 * time.Minute,
+
+		Install:     Install{Plugin: besideUs(conflist.Type), LogFile: cni.DefaultLogFile},
+		RunningPods: RunningPodsKeep,
 	}
+}
+
+// besideUs is a file in the directory of this program, where an image has all of
+// Sluice's.
+func besideUs(name string) string {
+	self, err := os.Executable()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(filepath.Dir(self), name)
 }
 
 // check refuses what cannot work, with what to do.
@@ -62,23 +108,34 @@ func (c Config) check() error {
 	if c.Resync < time.Second {
 		return fmt.Errorf("resync every %v is too often: give at least 1s", c.Resync)
 	}
+	switch c.RunningPods {
+	case RunningPodsKeep, RunningPodsDirect:
+	default:
+		return fmt.Errorf("%q is nothing that an uninstall can do with running pods: choose keep or direct", c.RunningPods)
+	}
+	if (c.Install.ConfDir == "") != (c.Install.BinDir == "") {
+		return errors.New("--cni-conf-dir and --cni-bin-dir go together: give both, or neither to install nothing")
+	}
+	if c.Self.DaemonSet != "" && c.Self.Namespace == "" {
+		return errors.New("the daemon's own namespace is not known: set POD_NAMESPACE (from metadata.namespace, by the downward API) or give --namespace beside --daemonset")
+	}
 	return nil
 }
 
-func (c Config) lockPath() string   { return filepath.Join(c.RunDir, "lock") }
-func (c Config) socketPath() string { return filepath.Join(c.RunDir, "agent.sock") }
-func (c Config) statePath() string  { return filepath.Join(c.RunDir, "state.json") }
+func (c Config) socketPath() string { return agentapi.SocketPath(c.RunDir) }
+func (c Config) statePath() string  { return agentapi.StatePath(c.RunDir) }
 
 // The fields of the log.
 const (
-	fieldPod      = "pod"
-	fieldUID      = "uid"
-	fieldCookie   = "cookie"
-	fieldReason   = "reason"
-	fieldCount    = "count"
-	fieldChanges  = "changes"
-	fieldHolder   = "holder"
-	fieldPart     = "part"
-	fieldDuration = "duration"
-	fieldPlugin   = "plugin"
+	fieldPod       = "pod"
+	fieldUID       = "uid"
+	fieldCookie    = "cookie"
+	fieldReason    = "reason"
+	fieldCount     = "count"
+	fieldChanges   = "changes"
+	fieldHolder    = "holder"
+	fieldDaemonSet = "daemonset"
+	fieldPart      = "part"
+	fieldDuration  = "duration"
+	fieldPlugin    = "plugin"
 )

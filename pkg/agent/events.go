@@ -36,11 +36,17 @@ func newEvents(client typed.CoreV1Interface, node string) *events {
 
 func (e *events) close() { e.broadcaster.Shutdown() }
 
-// say makes an Event, unless it was the last word about the pod already.
-func (r *reconciler) say(p *corev1.Pod, kind, reason, text string) {
+// shorten cuts a text to what an Event holds.
+func shorten(text string) string {
 	if len(text) > maxNote {
 		text = strings.ToValidUTF8(text[:maxNote], "")
 	}
+	return text
+}
+
+// say makes an Event, unless it was the last word about the pod already.
+func (r *reconciler) say(p *corev1.Pod, kind, reason, text string) {
+	text = shorten(text)
 	r.mu.Lock()
 	words := r.said[p.UID]
 	if words == nil {

@@ -79,7 +79,8 @@ func (h *handler) judge(ctx context.Context, asked agentapi.Pod) (decision mesh.
 	return decision, true, err
 }
 
-// check says what is missing of a pod's enrolment.
+// check says what is missing of a pod's enrolment, and with which rules it should
+// be enrolled, where that is known: the plugin looks into the maps.
 func (h *handler) check(file *os.File) agentapi.Answer {
 	cookie, err := netns.CookieOf(file)
 	if err == nil {
@@ -87,6 +88,11 @@ func (h *handler) check(file *os.File) agentapi.Answer {
 	}
 	if err != nil {
 		return agentapi.Answer{Error: &agentapi.Error{Message: err.Error()}}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if r, known := h.applied[cookie]; known {
+		return agentapi.Answer{Rules: &r}
 	}
 	return agentapi.Answer{}
 }

@@ -12,15 +12,22 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+	apps "k8s.io/client-go/kubernetes/typed/apps/v1"
 	typed "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
 )
 
+// Client speaks to the API server.
+type Client struct {
+	Core typed.CoreV1Interface
+	Apps apps.AppsV1Interface
+}
+
 // Main runs the daemon as a process: with a client of its own, its log on out,
 // until it is told to end. kubeconfig is empty inside a pod.
-func Main(config Config, kubeconfig string, debug bool, parts Parts, out *os.File) error {
+func Main(config Config, kubeconfig string, debug bool, out *os.File) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("the daemon loads BPF programs and enters pods' namespaces: run it as root")
 	}
@@ -32,7 +39,7 @@ func Main(config Config, kubeconfig string, debug bool, parts Parts, out *os.Fil
 	if err != nil {
 		return err
 	}
-	a, err := New(config, client, parts, log)
+	a, err := New(config, client, log)
 	if err != nil {
 		return err
 	}
@@ -40,7 +47,7 @@ func Main(config Config, kubeconfig string, debug bool, parts Parts, out *os.Fil
 	defer stop()
 	err = a.Run(ctx)
 	if err == nil {
-		log.Info("ended; redirection stays as it is")
+		log.Info("ended")
 	}
 	return err
 }
@@ -80,7 +87,7 @@ func (w logWriter) Write(line []byte) (int, error) {
 
 var _ io.Writer = logWriter{}
 
-func newClient(kubeconfig string) (typed.CoreV1Interface, error) {
+func newClient(kubeconfig string) (Client, error) {
 	var config *rest.Config
 	var err error
 	if kubeconfig == "" {
@@ -89,14 +96,15 @@ func newClient(kubeconfig string) (typed.CoreV1Interface, error) {
 		config, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("find the API server (give --kubeconfig outside a pod): %w", err)
+		return Client{}, fmt.Errorf("find the API server (give --kubeconfig outside a pod): %w", err)
 	}
 	config.UserAgent = "sluiced"
 	config.ContentType = "application/vnd.kubernetes.protobuf"
 	config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
-	client, err := typed.NewForConfig(config)
-	if err != nil {
-		return nil, fmt.Errorf("make a client of the API server: %w", err)
+	core, coreErr := typed.NewForConfig(config)
+	sets, appsErr := apps.NewForConfig(config)
+	if err := errors.Join(coreErr, appsErr); err != nil {
+		return Client{}, fmt.Errorf("make a client of the API server: %w", err)
 	}
-	return client, nil
+	return Client{core, sets}, nil
 }

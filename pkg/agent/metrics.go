@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
+	"github.com/sluice-mesh/sluice/pkg/install"
 )
 
 // metrics are the daemon's. What the maps count is read when somebody asks.
@@ -24,6 +25,7 @@ type metrics struct {
 	mu          sync.Mutex
 	node        node // nil before the datapath is up
 	connections counts
+	installer   interface{ Status() install.Status } // nil: nothing is installed
 }
 
 const namespace = "sluice"
@@ -35,6 +37,8 @@ var (
 	descEntries     = desc("map_entries", "Entries of a BPF map.", "map")
 	descMax         = desc("map_max_entries", "How many entries a BPF map can hold.", "map")
 	descFeature     = desc("kernel_feature", "Whether the kernel has an optional feature.", "feature")
+	descInstalled   = desc("cni_installed", "Whether the plugin and its entry are in place, and likely to stay.")
+	descOverwritten = desc("cni_overwritten_total", "How often somebody else took the plugin or its entry away.")
 	descUp          = desc("datapath_up", "Whether the datapath is loaded, attached and proven.")
 )
 
@@ -85,6 +89,12 @@ func (m *metrics) setNode(n node) {
 	m.node = n
 }
 
+func (m *metrics) followInstaller(i interface{ Status() install.Status }) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.installer = i
+}
+
 func (m *metrics) setAPI(up bool) {
 	m.api.Set(boolean(up))
 }
@@ -109,7 +119,7 @@ func (m *metrics) Describe(out chan<- *prometheus.Desc) {
 	for _, c := range m.own() {
 		c.Describe(out)
 	}
-	for _, d := range []*prometheus.Desc{descConnections, descPods, descProvisional, descEntries, descMax, descFeature, descUp} {
+	for _, d := range []*prometheus.Desc{descConnections, descPods, descProvisional, descEntries, descMax, descFeature, descInstalled, descOverwritten, descUp} {
 		out <- d
 	}
 }
@@ -122,6 +132,11 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out <- prometheus.MustNewConstMetric(descUp, prometheus.GaugeValue, boolean(m.node != nil))
+	if m.installer != nil {
+		status := m.installer.Status()
+		out <- prometheus.MustNewConstMetric(descInstalled, prometheus.GaugeValue, boolean(status.Ready))
+		out <- prometheus.MustNewConstMetric(descOverwritten, prometheus.CounterValue, float64(status.Overwritten))
+	}
 	if m.node != nil {
 		m.collectNode(out)
 	}

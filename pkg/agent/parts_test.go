@@ -1,8 +1,6 @@
 package agent
 
 import (
-	"context"
-	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -19,15 +17,22 @@ import (
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/install"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
+
+// fakeInstaller has lost its entry twice.
+type fakeInstaller struct{}
+
+func (fakeInstaller) Status() install.Status { return install.Status{Ready: true, Overwritten: 2} }
 
 func TestWhatMetricsLookLike(t *testing.T) {
 	m := newMetrics()
 	n := newFakeNode()
 	n.stats = []datapath.StatInfo{{Cookie: 1, Reason: "captured-out", Count: 5}, {Cookie: 2, Reason: "captured-out", Count: 2}, {Cookie: 1, Reason: "captured-in", Count: 1}}
 	m.setNode(n)
+	m.followInstaller(fakeInstaller{})
 	m.observeAdd(agentapi.Answer{Decision: agentapi.Enroll}, 3*time.Millisecond)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m)
@@ -62,28 +67,6 @@ func TestWhatMetricsLookLike(t *testing.T) {
 	if diff := cmp.Diff(string(want), got.String()); diff != "" {
 		t.Error(diff)
 	}
-}
-
-func TestOneDaemonOwnsTheNode(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "lock")
-	first, err := own(t.Context(), path, func(string) { t.Error("nobody has it") })
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	said := ""
-	if _, err := own(ctx, path, func(holder string) { said = holder; cancel() }); !errors.Is(err, context.Canceled) {
-		t.Error("the second ends with", err)
-	}
-	if !strings.HasPrefix(said, "process ") {
-		t.Errorf("the holder is %q", said)
-	}
-	first.Close()
-	again, err := own(t.Context(), path, func(string) { t.Error("it is free") })
-	if err != nil {
-		t.Fatal(err)
-	}
-	again.Close()
 }
 
 func TestAPodsCgroupIsKnownByItsName(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/util/workqueue"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
@@ -233,6 +234,7 @@ func (r *reconciler) writeState() error {
 	if err := renameio.WriteFile(path, text, 0o600, renameio.WithTempDir(r.config.RunDir), renameio.WithStaticPermissions(0o600)); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
+	failpoint.Step("daemon: state file written")
 	return nil
 }
 

@@ -12,6 +12,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 )
 
 // Handler answers requests. netns is nil for verbs that come without one, and is
@@ -42,6 +44,7 @@ func Listen(path string, handler Handler, log logrus.FieldLogger) (*Server, erro
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove an old socket: %w", err)
 	}
+	failpoint.Step("daemon: old socket removed")
 	// Between bind and chmod nobody else may connect.
 	old := unix.Umask(0o177)
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -49,6 +52,7 @@ func Listen(path string, handler Handler, log logrus.FieldLogger) (*Server, erro
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
+	failpoint.Step("daemon: socket made")
 	return &Server{listener: listener, handler: handler, log: log}, nil
 }
 

@@ -31,6 +31,8 @@ const (
 	Check  Verb = "check"  // is this pod as it should be?
 	Status Verb = "status" // would Add work?
 	Log    Verb = "log"    // lines of the plugin's log
+	// TakeDown is an operator's: remove everything from this node, now.
+	TakeDown Verb = "take-down"
 )
 
 // Attachment is one interface of one sandbox in one network: what ADD makes and
@@ -102,7 +104,7 @@ func (r Request) check(netns bool) error {
 		if !netns {
 			return fmt.Errorf("%q came without a network namespace", r.Verb)
 		}
-	case Undo, Del, Status, Log:
+	case Undo, Del, Status, Log, TakeDown:
 	default:
 		return fmt.Errorf("%q is not a request that this daemon knows", r.Verb)
 	}

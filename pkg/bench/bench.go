@@ -1,7 +1,7 @@
-// Package bench measures Sluice beside Istio's iptables rules and no mesh at
-// all, on one machine, in namespaces of its own. It owns the load generators,
-// the interleaving and the arithmetic; it refuses to print a figure of a
-// backend that did not do what it should.
+// Package bench measures Sluice beside Istio's rules in iptables and nftables and
+// no mesh at all, on one machine, in namespaces of its own. It owns the load
+// generators, the interleaving and the arithmetic; it refuses to print a figure of
+// a backend that did not do what it should.
 package bench
 
 import (
@@ -18,26 +18,30 @@ import (
 
 // Options of a run.
 type Options struct {
-	Quick    bool     // fewer rounds: under 90 s
-	Rounds   int      // rounds of each workload in each incarnation; 0 means by Quick
-	CPU      int      // the CPU that clients and servers share
-	Only     []string // workloads; empty means all
+	Quick    bool          // fewer rounds and the shorter workloads: under 90 s
+	Rounds   int           // rounds of each workload in each incarnation; 0 means by Quick
+	CPU      int           // the CPU that clients and servers share
+	Only     []string      // workloads; empty means all
+	Out      string        // directory for the rules that were loaded; empty: nowhere
+	Delay    time.Duration // Sluice's proxy stand-in is slower by this: Check's test of itself
 	Progress func(Progress)
 }
 
 // Progress is where a run is.
 type Progress struct {
-	Incarnation, Incarnations int // from 1
-	Workload                  string
-	Done, Of                  int // rounds
+	Workload string
+	Done, Of int // parts of the run
 }
+
+// LastCPU is the default for Options.CPU: interrupts usually go to the first.
+func LastCPU() int { return runtime.NumCPU() - 1 }
 
 // Two pods that are set up alike differ by some hundred nanoseconds for as long
 // as they live, by where their memory happens to be. So a run consists of
 // several incarnations, each with new namespaces, processes and programs.
 const (
-	quickRounds, quickIncarnations = 30, 4
-	fullRounds, fullIncarnations   = 60, 10
+	quickRounds, quickIncarnations = 12, 4
+	fullRounds, fullIncarnations   = 24, 10
 )
 
 func (o Options) rounds() int {
@@ -57,18 +61,78 @@ func (o Options) incarnations() int {
 	return fullIncarnations
 }
 
-// stage is one incarnation: everything that is made to be measured.
-type stage struct {
-	opts     Options
-	node     *node
-	backends map[string]*backend
-	bare     *netns.NetNS // without any route, for callers
-	callers  map[string]*process
-	leftOut  map[string]string
+// section is a set of workloads that share what is made for them.
+type section struct {
+	name      string
+	workloads []string // their names, which Only chooses from
+	// times is how many incarnations have this section: in quick runs and in full
+	// ones; 0 is all of them, -1 none.
+	quick, full int
+	// open makes what the workloads need; what it registers with closing is undone
+	// after the section.
+	open func(s *stage) ([]workload, error)
 }
 
-// LastCPU is the default for Options.CPU: interrupts usually go to the first.
-func LastCPU() int { return runtime.NumCPU() - 1 }
+func sections() []section {
+	return slices.Concat(connectionSections(), bystanderSections(), rulesSections(), podsSections(), setupSections(),
+		dnsSections(), streamSections(), ceilingSections(), haproxySections())
+}
+
+func (sec section) runs(o Options, incarnation int) bool {
+	times := sec.full
+	if o.Quick {
+		times = sec.quick
+	}
+	if times == 0 {
+		times = o.incarnations()
+	}
+	if len(o.Only) > 0 && times < 0 && o.Quick {
+		times = 1 // asked for by name
+	}
+	return incarnation < times && (len(o.Only) == 0 || slices.ContainsFunc(sec.workloads, func(name string) bool { return slices.Contains(o.Only, name) }))
+}
+
+func (o Options) check() error {
+	var known []string
+	for _, sec := range sections() {
+		known = append(known, sec.workloads...)
+	}
+	for _, name := range o.Only {
+		if !slices.Contains(known, name) {
+			return fmt.Errorf("there is no workload %q: choose from %s", name, strings.Join(known, ", "))
+		}
+	}
+	return nil
+}
+
+// stage is where one incarnation of one section plays.
+type stage struct {
+	ctx     context.Context
+	opts    Options
+	node    *node
+	result  *Result
+	closers []func() error
+}
+
+// closing registers what is to be undone, last first.
+func (s *stage) closing(undo func() error) { s.closers = append(s.closers, undo) }
+
+// Close ends every process and removes what was made. It is idempotent.
+func (s *stage) Close() error {
+	var errs error
+	for _, undo := range slices.Backward(s.closers) {
+		errs = errors.Join(errs, undo())
+	}
+	s.closers = nil
+	return errs
+}
+
+// leaveOut does without a backend, and remembers why.
+func (s *stage) leaveOut(name string, why error) { s.result.LeftOut[name] = why.Error() }
+
+func (s *stage) worker(name string, ns *netns.NetNS, cgroup string, id int) (*process, error) {
+	return startWorker(s.ctx, name, ns, cgroup, Identity{UID: id, GID: id, CPU: s.opts.CPU})
+}
 
 // Run measures everything and leaves nothing behind, also when ctx ends
 // meanwhile.
@@ -76,155 +140,71 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 	if opts.Progress == nil {
 		opts.Progress = func(Progress) {}
 	}
+	if err := opts.check(); err != nil {
+		return nil, err
+	}
 	started := time.Now()
 	all := series{}
 	result := newResult(opts, started)
+	done, of := 0, 0
+	for _, sec := range sections() {
+		for i := range opts.incarnations() {
+			if sec.runs(opts, i) {
+				of++
+			}
+		}
+	}
 	for i := range opts.incarnations() {
-		if err := runOnce(ctx, opts, i, all, result.LeftOut); err != nil {
+		err := incarnate(ctx, opts, i, all, result, func(name string) {
+			opts.Progress(Progress{name, done, of})
+			done++
+		})
+		if err != nil {
 			return nil, err
 		}
 	}
+	opts.Progress(Progress{"done", done, of})
 	result.summarise(all)
 	result.Seconds = time.Since(started).Seconds()
 	return result, nil
 }
 
-func runOnce(ctx context.Context, opts Options, incarnation int, all series, leftOut map[string]string) (err error) {
-	b := &stage{opts: opts, backends: map[string]*backend{}, callers: map[string]*process{}, leftOut: leftOut}
-	defer func() { err = errors.Join(err, b.Close()) }()
-	if err := b.setUp(ctx); err != nil {
-		return err
-	}
-	setups, closeSetups, err := b.setups()
+// incarnate plays each section once, on a node of their own.
+func incarnate(ctx context.Context, opts Options, incarnation int, all series, result *Result, starts func(name string)) (err error) {
+	node, err := newNode()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeSetups()) }()
-	workloads, err := opts.chosen(append(append(b.connections(), b.bystanders()...), setups))
-	if err != nil {
-		return err
-	}
-	for _, w := range workloads {
-		err := w.measure(ctx, all.of(w), incarnation, func(done, of int) {
-			opts.Progress(Progress{incarnation + 1, opts.incarnations(), w.name, done, of})
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (b *stage) setUp(ctx context.Context) error {
-	var err error
-	if b.node, err = newNode(); err != nil {
-		return err
-	}
-	for _, def := range definitions() {
-		back, err := start(ctx, def, b.node, b.opts.CPU)
-		if err == nil {
-			b.backends[def.name] = back
-			err = back.prove()
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err == nil {
+	defer func() { err = errors.Join(err, node.Close()) }()
+	for _, sec := range sections() {
+		if !sec.runs(opts, incarnation) {
 			continue
 		}
-		if def.name == none || def.name == sluice {
-			return fmt.Errorf("backend %s: %w", def.name, err)
-		}
-		b.leaveOut(def.name, err)
-	}
-	if b.bare, err = newNetNS(); err != nil {
-		return err
-	}
-	if err := loopbackUp(b.bare); err != nil {
-		return err
-	}
-	for name, cgroup := range map[string]string{withoutHooks: b.node.plain, withHooks: b.node.mesh} {
-		if b.callers[name], err = startWorker(ctx, "bystander/"+name, b.bare, cgroup, Identity{appID, appID, b.opts.CPU}); err != nil {
+		starts(sec.name)
+		s := &stage{ctx: ctx, opts: opts, node: node, result: result}
+		if err := errors.Join(s.play(sec, incarnation, all), s.Close()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// leaveOut does without a backend, and remembers why.
-func (b *stage) leaveOut(name string, why error) {
-	if back := b.backends[name]; back != nil {
-		why = errors.Join(why, back.Close())
-		delete(b.backends, name)
+// play is one incarnation of one section.
+func (s *stage) play(sec section, incarnation int, all series) error {
+	workloads, err := sec.open(s)
+	if err != nil {
+		return fmt.Errorf("%s: %w", sec.name, err)
 	}
-	b.leftOut[name] = why.Error()
-}
-
-// prove makes a few connections each way; run checks where they went.
-func (b *backend) prove() error {
-	for _, l := range []leg{b.outbound(), b.inbound(), b.direct()} {
-		if _, err := l.run(job{Kind: jobDial, Count: 3, Size: echoBytes}); err != nil {
+	for _, w := range workloads {
+		if len(s.opts.Only) > 0 && !slices.Contains(s.opts.Only, w.name) || len(w.backends) == 0 {
+			continue
+		}
+		if w.rounds == 0 {
+			w.rounds = s.opts.rounds()
+		}
+		if err := w.measure(s.ctx, all.of(w), incarnation); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-// chosen are the workloads of Only.
-func (o Options) chosen(all []workload) ([]workload, error) {
-	if len(o.Only) == 0 {
-		return all, nil
-	}
-	var out []workload
-	var names []string
-	for _, w := range all {
-		names = append(names, w.name)
-		if slices.Contains(o.Only, w.name) {
-			out = append(out, w)
-		}
-	}
-	for _, name := range o.Only {
-		if !slices.Contains(names, name) {
-			return nil, fmt.Errorf("there is no workload %q: choose from %s", name, strings.Join(names, ", "))
-		}
-	}
-	return out, nil
-}
-
-// Close ends every process and removes what the run made. It is idempotent.
-func (b *stage) Close() error {
-	var errs error
-	for name, back := range b.backends {
-		errs = errors.Join(errs, back.Close())
-		delete(b.backends, name)
-	}
-	for name, p := range b.callers {
-		if p != nil {
-			errs = errors.Join(errs, p.Close())
-		}
-		delete(b.callers, name)
-	}
-	if b.bare != nil {
-		errs = errors.Join(errs, b.bare.Close())
-	}
-	if b.node != nil {
-		errs = errors.Join(errs, b.node.Close())
-	}
-	return errs
-}
-
-func loopbackUp(ns *netns.NetNS) error {
-	handle, err := ns.Netlink()
-	if err != nil {
-		return err
-	}
-	defer handle.Close()
-	lo, err := handle.LinkByName("lo")
-	if err == nil {
-		err = handle.LinkSetUp(lo)
-	}
-	if err != nil {
-		return fmt.Errorf("bring up lo: %w", err)
 	}
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"time"
 	"unsafe"
 
@@ -91,7 +90,7 @@ func dial(j job) (reply, error) {
 	addrs := addresses(j.Addr, j.Addrs)
 	buf := make([]byte, j.Size)
 	connect, total := make([]float64, 0, j.Count), make([]float64, 0, j.Count)
-	start := time.Now()
+	start, busy := time.Now(), threadCPU()
 	for i := range j.Warm + j.Count {
 		fd, err := rawSocket(unix.SOCK_STREAM)
 		if err != nil {
@@ -112,7 +111,7 @@ func dial(j job) (reply, error) {
 			total = append(total, float64(closed-before))
 		}
 	}
-	return reply{Connect: connect, Total: total}, nil
+	return reply{Connect: connect, Total: total, CPU: threadCPU() - busy}, nil
 }
 
 func echo(j job) (reply, error) {
@@ -129,7 +128,7 @@ func echo(j job) (reply, error) {
 	}
 	buf := make([]byte, j.Size)
 	total := make([]float64, 0, j.Count)
-	start := time.Now()
+	start, busy := time.Now(), threadCPU()
 	for i := range j.Warm + j.Count {
 		before := time.Since(start)
 		if err := echoOnce(fd, buf); err != nil {
@@ -139,7 +138,22 @@ func echo(j job) (reply, error) {
 			total = append(total, float64(after-before))
 		}
 	}
-	return reply{Total: total}, nil
+	return reply{Total: total, CPU: threadCPU() - busy}, nil
+}
+
+// threadCPU is the CPU time of this thread, in nanoseconds.
+func threadCPU() float64 {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts) != nil {
+		return 0 // every kernel has it
+	}
+	return float64(ts.Nano())
+}
+
+// spin keeps the CPU busy.
+func spin(d time.Duration) {
+	for start := time.Now(); d > 0 && time.Since(start) < d; {
+	}
 }
 
 // serve is the proxy stand-in: it asks for the original destination of every
@@ -149,141 +163,76 @@ func serve(listener int, j job) (reply, error) {
 	var out reply
 	var original unix.RawSockaddrInet4
 	buf := make([]byte, j.Size)
+	busy := threadCPU()
 	for range j.Count {
 		fd, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(listener), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
 		if errno != 0 {
 			return out, sysErr("accept", errno)
 		}
-		size := uint32(unsafe.Sizeof(original))
-		_, _, errno = unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_IP, soOriginalDst,
-			uintptr(unsafe.Pointer(&original)), uintptr(unsafe.Pointer(&size)), 0)
-		if errno == 0 {
-			out.Answered++
-		} else {
-			out.Refused = errno.Error()
-		}
-		if err := echoUntilEnd(fd, buf); err != nil {
+		out.ask(fd, &original)
+		spin(j.Delay)
+		if err := echoUntilEnd(fd, buf, j.Delay); err != nil {
 			return out, err
 		}
 		rawClose(fd)
 	}
-	if out.Answered > 0 {
-		port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&original.Port))[:])
-		out.Original = netip.AddrPortFrom(netip.AddrFrom4(original.Addr), port)
-	}
+	out.CPU = threadCPU() - busy
+	out.note(&original)
 	return out, nil
 }
 
-func echoUntilEnd(fd uintptr, buf []byte) error {
+// ask asks for a connection's original destination, and counts answers.
+func (r *reply) ask(fd uintptr, original *unix.RawSockaddrInet4) {
+	var got unix.RawSockaddrInet4
+	size := uint32(unsafe.Sizeof(got))
+	_, _, errno := unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_IP, soOriginalDst,
+		uintptr(unsafe.Pointer(&got)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		r.Refused = errno.Error()
+		return
+	}
+	r.Answered++
+	*original = got
+}
+
+// note keeps the last answer.
+func (r *reply) note(original *unix.RawSockaddrInet4) {
+	if r.Answered > 0 {
+		port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&original.Port))[:])
+		r.Original = netip.AddrPortFrom(netip.AddrFrom4(original.Addr), port)
+	}
+}
+
+func echoUntilEnd(fd uintptr, buf []byte, delay time.Duration) error {
 	for {
 		more, err := rawRead(fd, buf)
 		if err != nil || !more {
 			return err
 		}
+		spin(delay)
 		if err := rawWrite(fd, buf); err != nil {
 			return err
 		}
 	}
 }
 
-// calls measures one system call in batches. Its sockets are made here and now,
-// in this process's cgroup.
-func calls(j job) (reply, error) {
-	const batch = 200
-	once, done, err := caller(j)
-	if err != nil {
-		return reply{}, err
-	}
-	defer done()
-	total := make([]float64, 0, j.Count)
-	start := time.Now()
-	for i := range j.Warm + j.Count {
-		before := time.Since(start)
-		for range batch {
-			if errno := once(); errno != 0 {
-				return reply{}, sysErr(string(j.Call), errno)
-			}
-		}
-		if after := time.Since(start); i >= j.Warm {
-			total = append(total, float64(after-before)/batch)
-		}
-	}
-	return reply{Total: total}, nil
-}
-
-// caller returns a function that makes the call once.
-func caller(j job) (once func() unix.Errno, done func(), err error) {
-	target := sockaddr(j.Addr)
-	switch j.Call {
-	case callConnectTCP, callConnectUDP:
-		kind := uintptr(unix.SOCK_STREAM)
-		if j.Call == callConnectUDP {
-			kind, target = unix.SOCK_DGRAM, sockaddr(netip.MustParseAddrPort("127.0.0.1:9"))
-		}
-		fd, err := rawSocket(kind)
-		return func() unix.Errno {
-			errno := rawConnect(fd, &target)
-			if errno == unix.ENETUNREACH && j.Call == callConnectTCP {
-				return 0
-			}
-			return errno
-		}, func() { rawClose(fd) }, err
-	}
-	pair, err := newPair()
-	if err != nil {
-		return nil, nil, err
-	}
-	fd := uintptr(pair[1])
-	buf, size := new([unix.SizeofSockaddrAny]byte), new(uint32)
-	return func() (errno unix.Errno) {
-		*size = uint32(len(buf))
-		switch j.Call {
-		case callGetsockopt:
-			*size = 4
-			_, _, errno = unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_ERROR,
-				uintptr(unsafe.Pointer(buf)), uintptr(unsafe.Pointer(size)), 0)
-		case callGetsockname:
-			_, _, errno = unix.RawSyscall(unix.SYS_GETSOCKNAME, fd, uintptr(unsafe.Pointer(buf)), uintptr(unsafe.Pointer(size)))
-		case callGetpeername:
-			_, _, errno = unix.RawSyscall(unix.SYS_GETPEERNAME, fd, uintptr(unsafe.Pointer(buf)), uintptr(unsafe.Pointer(size)))
-		default:
-			errno = unix.ENOSYS
-		}
-		runtime.KeepAlive(buf)
-		return errno
-	}, func() { closeAll(pair[:]) }, nil
-}
-
-// newPair is a listener on loopback and a connection to it.
-func newPair() (fds [2]int, err error) {
-	listener, err := listen(netip.MustParseAddrPort("127.0.0.1:0"))
-	if err != nil {
-		return fds, err
-	}
-	sa, err := unix.Getsockname(listener)
-	if err != nil {
-		unix.Close(listener)
-		return fds, fmt.Errorf("getsockname: %w", err)
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err == nil {
-		err = unix.Connect(fd, sa)
-	}
-	if err != nil {
-		closeAll([]int{listener, fd})
-		return fds, fmt.Errorf("connect to oneself: %w", err)
-	}
-	return [2]int{listener, fd}, nil
-}
-
 func listen(at netip.AddrPort) (int, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	family, name := unix.AF_INET, unix.Sockaddr(&unix.SockaddrInet4{Port: int(at.Port())})
+	if at.Addr().Is6() {
+		family, name = unix.AF_INET6, &unix.SockaddrInet6{Port: int(at.Port()), Addr: at.Addr().As16()}
+	} else {
+		name.(*unix.SockaddrInet4).Addr = at.Addr().As4()
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("socket: %w", err)
 	}
 	err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil && at.Addr().Is6() {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+	}
 	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()})
+		err = unix.Bind(fd, name)
 	}
 	if err == nil {
 		err = unix.Listen(fd, 1024)

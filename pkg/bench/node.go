@@ -5,14 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/kernel"
-	"github.com/sluice-mesh/sluice/pkg/netns"
-	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 // node is Sluice as a machine has it, but on a cgroup and a bpffs of its own.
@@ -23,15 +23,20 @@ type node struct {
 	mesh, plain  string // cgroup directories: with and without Sluice
 	bpffs        string
 	mounted      bool
+	ipv6         bool // backends redirect IPv6 too
 	datapath     *datapath.Datapath
+	translated   sync.Map // texts of iptables-restore -> those of nft
 }
+
+// nodes tells the cgroups of one process apart.
+var nodes atomic.Int64
 
 func newNode() (*node, error) {
 	root, err := kernel.CgroupRoot()
 	if err != nil {
 		return nil, err
 	}
-	n := &node{cgroups: filepath.Join(root, fmt.Sprintf("sluice-bench-%d", os.Getpid()))}
+	n := &node{cgroups: filepath.Join(root, fmt.Sprintf("sluice-bench-%d-%d", os.Getpid(), nodes.Add(1)))}
 	n.mesh, n.plain = filepath.Join(n.cgroups, "mesh"), filepath.Join(n.cgroups, "plain")
 	if err := n.up(); err != nil {
 		return nil, errors.Join(err, n.Close())
@@ -55,11 +60,6 @@ func (n *node) up() error {
 	n.mounted = true
 	n.bpffs = filepath.Join(n.tmp, "sluice")
 	n.datapath, err = datapath.Up(datapath.Options{Dir: n.bpffs, Cgroup: n.mesh})
-	return err
-}
-
-func (n *node) enroll(ns *netns.NetNS, noGuard bool, inbound datapath.Inbound) error {
-	_, err := n.datapath.Enroll(ns, datapath.Pod{Rules: rules.Default(), NoGuard: noGuard, Inbound: inbound})
 	return err
 }
 

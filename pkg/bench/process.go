@@ -16,8 +16,9 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
-// jobLimit is how long any job may take: they are milliseconds long.
-const jobLimit = 20 * time.Second
+// jobLimit is how long any job may take: most are milliseconds long, but
+// where NAT has few tuples left it searches long for each.
+const jobLimit = 5 * time.Minute
 
 // process is a worker as its parent sees it.
 type process struct {
@@ -30,14 +31,15 @@ type process struct {
 }
 
 // startWorker starts this program as a worker in a namespace and a cgroup.
-func startWorker(ctx context.Context, name string, ns *netns.NetNS, cgroup string, id Identity) (*process, error) {
+func startWorker(ctx context.Context, name string, ns *netns.NetNS, cgroup string, id Identity, files ...*os.File) (*process, error) {
 	dir, err := os.Open(cgroup)
 	if err != nil {
 		return nil, fmt.Errorf("open the cgroup of %s: %w", name, err)
 	}
 	defer dir.Close()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "bench", "worker",
-		fmt.Sprint("--uid=", id.UID), fmt.Sprint("--gid=", id.GID), fmt.Sprint("--cpu=", id.CPU))
+		fmt.Sprint("--uid=", id.UID), fmt.Sprint("--gid=", id.GID), fmt.Sprint("--cpu=", id.CPU), fmt.Sprint("--inherits=", len(files) > 0))
+	cmd.ExtraFiles = files
 	// No preemption signals: the loops are short and never yield.
 	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1", "GOMAXPROCS=2")
 	// An interrupt at the terminal is the parent's to handle.

@@ -1,20 +1,16 @@
 package bench
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
-	"runtime"
-	"slices"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
-
-	"github.com/sluice-mesh/sluice/pkg/report"
 )
+
+// schema is the version of bench.json, which docs/benchmark.md describes.
+const schema = 2
 
 // Result is a whole run. Durations are nanoseconds. Figures of one run compare
 // with each other; those of two runs hardly do, but their ratios do.
@@ -24,23 +20,19 @@ type Result struct {
 	Seconds  float64   `json:"seconds"`
 	Machine  Machine   `json:"machine"`
 	Settings Settings  `json:"settings"`
-	// LeftOut says of each backend that is missing why.
+	// LeftOut says of each backend or workload that is missing why.
 	LeftOut map[string]string `json:"leftOut"`
-	Rows    []Row             `json:"rows"`
+	// Notes are what a reader of the figures must know, such as what ended a ceiling.
+	Notes map[string]string `json:"notes"`
+	Rows  []Row             `json:"rows"`
 	// Ratios are medians over rounds, of what is compared within a round;
-	// Intervals are their 95 % intervals, low and high.
+	// Intervals are their 95 % intervals, low and high; Units are the medians of
+	// the incarnations, which two runs are compared by.
 	Ratios    map[string]float64    `json:"ratios"`
 	Intervals map[string][2]float64 `json:"intervals"`
-
-	order []string // of the ratios
-}
-
-// Machine is what the figures depend on.
-type Machine struct {
-	Kernel string `json:"kernel"`
-	CPU    string `json:"cpu"`
-	CPUs   int    `json:"cpus"`
-	Go     string `json:"go"`
+	Units     map[string][]float64  `json:"units"`
+	// Order is that of the ratios, for people.
+	Order []string `json:"order"`
 }
 
 // Settings are how the run was made.
@@ -50,121 +42,135 @@ type Settings struct {
 	Quick        bool   `json:"quick"`
 	CPU          int    `json:"pinnedTo"`
 	Placement    string `json:"placement"`
+	DelayNS      int64  `json:"delayNs"` // put in on purpose, to see that it is seen
 }
 
 // Row is one line of the table.
 type Row struct {
 	Workload string   `json:"workload"`
 	Backend  string   `json:"backend"`
-	Metric   string   `json:"metric"`
-	P50      Estimate `json:"p50"`
+	Metric   metric   `json:"metric"`
+	P50      Estimate `json:"p50"` // median over rounds, of their medians
 	P90      float64  `json:"p90"` // median over rounds
-	Min      float64  `json:"min"` // over all rounds
-	Rounds   int      `json:"rounds"`
-	unit     string
+	// P99 and P999 are medians over incarnations. They are absent where an
+	// incarnation has too few samples to have such a tail.
+	P99     float64 `json:"p99,omitempty"`
+	P999    float64 `json:"p999,omitempty"`
+	Min     float64 `json:"min"` // over all rounds
+	Rounds  int     `json:"rounds"`
+	Samples int     `json:"samples"`
+	// P is the probability of such figures if this backend and the workload's
+	// first were alike (Mann-Whitney U over incarnations); absent for the first.
+	P *float64 `json:"p,omitempty"`
 }
 
 func newResult(opts Options, started time.Time) *Result {
 	return &Result{
-		Schema: 1, Started: started.UTC().Truncate(time.Second),
+		Schema: schema, Started: started.UTC().Truncate(time.Second),
 		Machine: thisMachine(),
 		Settings: Settings{
-			Incarnations: opts.incarnations(), Rounds: opts.rounds(), Quick: opts.Quick, CPU: opts.CPU,
+			Incarnations: opts.incarnations(), Rounds: opts.rounds(), Quick: opts.Quick, CPU: opts.CPU, DelayNS: int64(opts.Delay),
 			Placement: "client and server on the same CPU, blocking sockets, SCHED_BATCH, nice -20",
 		},
-		LeftOut: map[string]string{}, Ratios: map[string]float64{}, Intervals: map[string][2]float64{},
+		LeftOut: map[string]string{}, Notes: map[string]string{},
+		Ratios: map[string]float64{}, Intervals: map[string][2]float64{}, Units: map[string][]float64{},
 	}
 }
 
-func thisMachine() Machine {
-	m := Machine{CPUs: runtime.NumCPU(), Go: runtime.Version()}
-	var uts unix.Utsname
-	if unix.Uname(&uts) == nil {
-		m.Kernel = string(bytes.TrimRight(uts.Release[:], "\x00"))
-	}
-	text, _ := os.ReadFile("/proc/cpuinfo")
-	for line := range strings.Lines(string(text)) {
-		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
-			m.CPU = strings.TrimSpace(value)
-			break
-		}
-	}
-	return m
-}
+var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory}
 
 // summarise turns samples into rows and ratios.
 func (r *Result) summarise(all series) {
 	for _, m := range all.sorted() {
-		for _, metric := range []string{metricTotal, metricConnect} {
-			for _, name := range m.workload.backends {
-				if f := m.by[name][metric]; f != nil {
-					r.Rows = append(r.Rows, Row{
-						Workload: m.workload.name, Backend: name, Metric: metric, unit: m.workload.unit, Rounds: len(f.p50.values),
-						P50: estimate(f.p50), P90: median(f.p90.values), Min: slices.Min(f.min.values),
-					})
+		for _, what := range metrics {
+			for i, name := range m.workload.backends {
+				f := m.by[name][what]
+				if f == nil {
+					continue
 				}
+				row := f.row()
+				row.Workload, row.Backend, row.Metric = m.workload.name, name, what
+				if i > 0 {
+					if p := alike(m.p50(m.workload.backends[0], what).units(), f.p50.units()); !math.IsNaN(p) {
+						row.P = &p
+					}
+				}
+				r.Rows = append(r.Rows, row)
 			}
 		}
-		r.compare(m)
+		if m.workload.ratios != nil {
+			m.workload.ratios(r, m)
+		}
 	}
+}
+
+func (f *figures) row() Row {
+	row := Row{P50: estimate(f.p50), P90: median(f.p90.values), Min: f.least(), Rounds: len(f.p50.values), Samples: f.samples()}
+	each := row.Samples / len(f.all)
+	if each >= 200 {
+		row.P99 = median(f.tail(0.99).values)
+	}
+	if each >= 2000 {
+		row.P999 = median(f.tail(0.999).values)
+	}
+	return row
 }
 
 func (r *Result) set(name string, values rounds) {
-	if len(values.values) == 0 {
+	if len(values.clusters()) == 0 {
 		return
 	}
 	e := estimate(values)
-	r.Ratios[name], r.Intervals[name] = e.Value, [2]float64{e.Low, e.High}
-	r.order = append(r.order, name)
+	r.Ratios[name], r.Intervals[name], r.Units[name] = e.Value, [2]float64{e.Low, e.High}, values.units()
+	r.Order = append(r.Order, name)
 }
 
-// WriteFile writes DIR/bench.json.
-func (r *Result) WriteFile(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("make the output directory: %w", err)
+// row finds a figure.
+func (r *Result) row(workload, backend string, what metric) (Row, bool) {
+	for _, row := range r.Rows {
+		if row.Workload == workload && row.Backend == backend && row.Metric == what {
+			return row, true
+		}
 	}
+	return Row{}, false
+}
+
+// Read reads a bench.json.
+func Read(path string) (*Result, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read a result: %w", err)
+	}
+	var r Result
+	if err := json.Unmarshal(text, &r); err != nil {
+		return nil, fmt.Errorf("%s is not a result of the benchmark: %w", path, err)
+	}
+	if r.Schema != schema {
+		return nil, fmt.Errorf("%s has schema %d, and this version reads %d: measure again", path, r.Schema, schema)
+	}
+	return &r, nil
+}
+
+// WriteFiles writes bench.json, bench.md and the charts into a directory.
+func (r *Result) WriteFiles(dir string) error {
 	text, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write the result: %w", err)
 	}
-	path := filepath.Join(dir, "bench.json")
-	if err := os.WriteFile(path, append(text, '\n'), 0o644); err != nil {
+	if err := writeFile(dir, "bench.json", append(text, '\n')); err != nil {
+		return err
+	}
+	charts, err := r.drawCharts(dir)
+	if err != nil {
+		return err
+	}
+	return writeFile(dir, "bench.md", []byte(r.markdown(charts)))
+}
+
+func writeFile(dir, name string, text []byte) error {
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, text, 0o644); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
-}
-
-// Table is the rows for people.
-func (r *Result) Table() report.Rows {
-	out := report.Rows{Head: []string{"WORKLOAD", "BACKEND", "MIN", "P50", "95 % INTERVAL", "P90", "UNIT"}, Empty: "nothing was measured"}
-	for _, row := range r.Rows {
-		scale, format := 1000.0, "%.2f"
-		if row.unit == "ns" {
-			scale, format = 1, "%.0f"
-		}
-		number := func(v float64) string { return fmt.Sprintf(format, v/scale) }
-		name := row.Workload
-		if row.Metric != metricTotal {
-			name += " (" + row.Metric + "() alone)"
-		}
-		out.Lines = append(out.Lines, []string{
-			name, row.Backend, number(row.Min), number(row.P50.Value),
-			number(row.P50.Low) + " - " + number(row.P50.High), number(row.P90), row.unit,
-		})
-	}
-	return out
-}
-
-// RatioTable is the comparisons for people.
-func (r *Result) RatioTable() report.Rows {
-	out := report.Rows{Head: []string{"COMPARED WITHIN ROUNDS", "MEDIAN", "95 % INTERVAL"}, Empty: "nothing was compared"}
-	for _, name := range r.order {
-		format := "%.3f"
-		if strings.HasSuffix(name, "_ns") {
-			format = "%.0f"
-		}
-		i := r.Intervals[name]
-		out.Lines = append(out.Lines, []string{name, fmt.Sprintf(format, r.Ratios[name]), fmt.Sprintf(format+" - "+format, i[0], i[1])})
-	}
-	return out
 }

@@ -5,15 +5,19 @@ import "slices"
 // series are all samples of a run, by workload and in the order of the run.
 type series map[string]*measured
 
-// measured is one workload's figures: contestant -> metric -> figures.
+// measured is one workload's figures, by contestant.
 type measured struct {
 	workload workload
 	order    int
-	by       map[string]map[string]*figures
+	by       map[string]map[metric]*figures
 }
 
-// figures has one entry per round.
-type figures struct{ p50, p90, min rounds }
+// figures has one entry per round, and all samples of each incarnation: tails
+// need more samples than a round has.
+type figures struct {
+	p50, p90 rounds
+	all      map[int][]float64
+}
 
 // rounds is one figure of every round, with the incarnation it belongs to.
 type rounds struct {
@@ -29,9 +33,10 @@ func (r *rounds) add(value float64, incarnation int) {
 func (s series) of(w workload) *measured {
 	m := s[w.name]
 	if m == nil {
-		m = &measured{workload: w, order: len(s), by: map[string]map[string]*figures{}}
+		m = &measured{order: len(s), by: map[string]map[metric]*figures{}}
 		s[w.name] = m
 	}
+	m.workload = w
 	return m
 }
 
@@ -44,28 +49,56 @@ func (s series) sorted() []*measured {
 	return out
 }
 
-func (m *measured) add(name string, samples map[string][]float64, incarnation int) {
+func (m *measured) add(name string, samples sample, incarnation int) {
 	metrics := m.by[name]
 	if metrics == nil {
-		metrics = map[string]*figures{}
+		metrics = map[metric]*figures{}
 		m.by[name] = metrics
 	}
-	for metric, values := range samples {
-		f := metrics[metric]
+	for what, values := range samples {
+		if len(values) == 0 {
+			continue
+		}
+		f := metrics[what]
 		if f == nil {
-			f = &figures{}
-			metrics[metric] = f
+			f = &figures{all: map[int][]float64{}}
+			metrics[what] = f
 		}
 		slices.Sort(values)
 		f.p50.add(quantile(values, 0.5), incarnation)
 		f.p90.add(quantile(values, 0.9), incarnation)
-		f.min.add(values[0], incarnation)
+		f.all[incarnation] = append(f.all[incarnation], values...)
 	}
 }
 
+// tail is a quantile of each incarnation's samples.
+func (f *figures) tail(q float64) rounds {
+	var out rounds
+	for i, values := range f.all {
+		out.add(quantile(slices.Sorted(slices.Values(values)), q), i)
+	}
+	return out
+}
+
+func (f *figures) least() float64 {
+	var least []float64
+	for _, values := range f.all {
+		least = append(least, slices.Min(values))
+	}
+	return slices.Min(least)
+}
+
+// samples is how many there are.
+func (f *figures) samples() (n int) {
+	for _, values := range f.all {
+		n += len(values)
+	}
+	return n
+}
+
 // p50 of every round; none for what was not measured.
-func (m *measured) p50(name, metric string) rounds {
-	if f := m.by[name][metric]; f != nil {
+func (m *measured) p50(name string, what metric) rounds {
+	if f := m.by[name][what]; f != nil {
 		return f.p50
 	}
 	return rounds{}

@@ -5,6 +5,8 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+
+	"golang.org/x/perf/benchmath"
 )
 
 // Estimate is a median over rounds and its 95 % interval.
@@ -28,6 +30,43 @@ func median(values []float64) float64 {
 	return quantile(slices.Sorted(slices.Values(values)), 0.5)
 }
 
+// clusters are the rounds of each incarnation, without those that have no figure.
+func (r rounds) clusters() (out [][]float64) {
+	groups := map[int][]float64{}
+	for i, v := range r.values {
+		if !math.IsNaN(v) && !math.IsInf(v, 0) {
+			groups[r.incarnation[i]] = append(groups[r.incarnation[i]], v)
+		}
+	}
+	for _, k := range slices.Sorted(maps.Keys(groups)) {
+		out = append(out, groups[k])
+	}
+	return out
+}
+
+// units are what is independent of each other: the medians of the incarnations,
+// or the rounds where there is but one.
+func (r rounds) units() (out []float64) {
+	clusters := r.clusters()
+	if len(clusters) == 1 {
+		return clusters[0]
+	}
+	for _, c := range clusters {
+		out = append(out, median(c))
+	}
+	return out
+}
+
+// alike is the probability of samples that differ as much if the two were the
+// same: benchstat's test (Mann-Whitney U). NaN where one has no samples.
+func alike(a, b []float64) float64 {
+	if len(a) == 0 || len(b) == 0 {
+		return math.NaN()
+	}
+	t := benchmath.DefaultThresholds
+	return benchmath.AssumeNothing.Compare(benchmath.NewSample(a, &t), benchmath.NewSample(b, &t)).P
+}
+
 // estimate draws incarnations, and rounds within them, again and again (a
 // bootstrap in two stages): rounds of one incarnation resemble each other, and
 // an interval that ignored it would be too narrow.
@@ -35,16 +74,7 @@ func estimate(r rounds) Estimate {
 	if len(r.values) == 0 {
 		return Estimate{}
 	}
-	groups := map[int][]float64{}
-	for i, v := range r.values {
-		if !math.IsNaN(v) && !math.IsInf(v, 0) {
-			groups[r.incarnation[i]] = append(groups[r.incarnation[i]], v)
-		}
-	}
-	var clusters [][]float64
-	for _, k := range slices.Sorted(maps.Keys(groups)) {
-		clusters = append(clusters, groups[k])
-	}
+	clusters := r.clusters()
 	if len(clusters) == 0 {
 		return Estimate{}
 	}

@@ -84,3 +84,29 @@ func TestCheck(t *testing.T) {
 		})
 	}
 }
+
+func TestAlikeIsMannWhitneysTest(t *testing.T) {
+	low, high := []float64{1, 2, 3, 4, 5}, []float64{11, 12, 13, 14, 15}
+	if p := alike(low, high); p > 0.01 {
+		t.Errorf("samples without overlap have P %v, want less than 0.01", p)
+	}
+	if p := alike(low, low); p < 0.5 {
+		t.Errorf("the same samples have P %v", p)
+	}
+	if p := alike(nil, high); !math.IsNaN(p) {
+		t.Errorf("nothing and something have P %v, want none", p)
+	}
+}
+
+// Rounds of one incarnation resemble each other: they are not as many samples.
+func TestUnitsAreIncarnations(t *testing.T) {
+	if got := series2(1, 10, 2, 20, 3, 30).units(); len(got) != 2 || got[0] != 2 || got[1] != 20 {
+		t.Errorf("two incarnations of three rounds are the units %v, want 2 and 20", got)
+	}
+	var one rounds
+	one.add(1, 0)
+	one.add(2, 0)
+	if got := one.units(); len(got) != 2 {
+		t.Errorf("the rounds of the only incarnation are the units %v", got)
+	}
+}

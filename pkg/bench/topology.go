@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -18,6 +17,9 @@ import (
 var (
 	podPrefix = netip.MustParsePrefix("192.0.2.2/24")
 	farPrefix = netip.MustParsePrefix("192.0.2.1/24")
+
+	podPrefix6 = netip.MustParsePrefix("2001:db8::2/64")
+	farPrefix6 = netip.MustParsePrefix("2001:db8::1/64")
 )
 
 // site is a pod's namespace, a far one, and a veth pair between them.
@@ -25,17 +27,17 @@ type site struct {
 	pod, far *netns.NetNS
 }
 
-func newSite() (*site, error) {
-	pod, err := newNetNS()
+func newSite(w world) (*site, error) {
+	pod, err := newNetNS(w)
 	if err != nil {
 		return nil, err
 	}
-	far, err := newNetNS()
+	far, err := newNetNS(w)
 	if err != nil {
 		return nil, errors.Join(err, pod.Close())
 	}
 	s := &site{pod: pod, far: far}
-	if err := s.wire(); err != nil {
+	if err := s.wire(w); err != nil {
 		return nil, errors.Join(fmt.Errorf("wire two namespaces: %w", err), s.Close())
 	}
 	return s, nil
@@ -46,45 +48,34 @@ func (s *site) Close() error { return errors.Join(s.pod.Close(), s.far.Close()) 
 
 // newNetNS makes a namespace that only this process's descriptor keeps: nothing
 // of it is left behind, however the process ends.
-func newNetNS() (*netns.NetNS, error) {
-	type result struct {
-		ns  *netns.NetNS
-		err error
-	}
-	made := make(chan result)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends in its namespace
-		ns, err := unshareNet()
-		made <- result{ns, err}
-	}()
-	r := <-made
-	return r.ns, r.err
-}
-
-func unshareNet() (*netns.NetNS, error) {
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return nil, fmt.Errorf("make a network namespace: %w", err)
-	}
-	here, err := os.Open("/proc/thread-self/ns/net")
+func newNetNS(w world) (*netns.NetNS, error) {
+	ns, err := netns.New()
 	if err != nil {
-		return nil, fmt.Errorf("open a network namespace: %w", err)
+		return nil, err
 	}
-	defer here.Close()
-	// No neighbour discovery in the background, and ports come back after a
-	// second: no backend waits for TIME_WAIT.
-	for path, value := range map[string]string{
-		"/proc/sys/net/ipv6/conf/all/disable_ipv6":     "1",
-		"/proc/sys/net/ipv6/conf/default/disable_ipv6": "1",
-		"/proc/sys/net/ipv4/tcp_tw_reuse":              "1",
-	} {
-		if err := os.WriteFile(path, []byte(value), 0o644); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("set %s: %w", path, err)
+	settings := map[string]string{}
+	if !w.ipv6 { // no neighbour discovery in the background
+		settings["net/ipv6/conf/all/disable_ipv6"] = "1"
+		settings["net/ipv6/conf/default/disable_ipv6"] = "1"
+	}
+	if !w.asIs { // ports come back after a second: no backend waits for TIME_WAIT
+		settings["net/ipv4/tcp_tw_reuse"] = "1"
+	}
+	err = ns.Do(func() error {
+		for name, value := range settings {
+			if err := os.WriteFile("/proc/sys/"+name, []byte(value), 0o644); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("set %s: %w", name, err)
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, ns.Close())
 	}
-	return netns.Open(fmt.Sprintf("/proc/self/fd/%d", here.Fd()))
+	return ns, nil
 }
 
-func (s *site) wire() error {
+func (s *site) wire(w world) error {
 	pod, err := s.pod.Netlink()
 	if err != nil {
 		return err
@@ -113,6 +104,18 @@ func (s *site) wire() error {
 	if err != nil {
 		return fmt.Errorf("add the default route: %w", err)
 	}
+	if !w.ipv6 {
+		return nil
+	}
+	if err := address(pod, podPrefix6); err != nil {
+		return err
+	}
+	if err := address(far, farPrefix6); err != nil {
+		return err
+	}
+	if err := pod.RouteAdd(&netlink.Route{Gw: net.IP(farPrefix6.Addr().AsSlice())}); err != nil {
+		return fmt.Errorf("add the default route of IPv6: %w", err)
+	}
 	return nil
 }
 
@@ -129,7 +132,10 @@ func address(handle *netlink.Handle, prefix netip.Prefix) error {
 		if name == "lo" {
 			continue
 		}
-		addr := &netlink.Addr{IPNet: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), 32)}}
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}}
+		if prefix.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
 		if err := handle.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add %s: %w", prefix, err)
 		}

@@ -25,8 +25,9 @@ const (
 	// daemonTime is how long the daemon may take to answer.
 	daemonTime = 2 * time.Second
 	// addTime and delTime are how long the verbs may take, all waits included.
-	addTime = 9 * time.Second
-	delTime = 4 * time.Second
+	addTime    = 9 * time.Second
+	delTime    = 4 * time.Second
+	statusTime = daemonTime + time.Second
 )
 
 // config is our entry of the conflist, as the runtime hands it over.
@@ -56,13 +57,18 @@ func parseConfig(stdin []byte) (config, error) {
 	if err := json.Unmarshal(stdin, &c); err != nil {
 		return config{}, types.NewError(types.ErrDecodingFailure, "the network configuration cannot be read", err.Error())
 	}
+	return c, nil
+}
+
+// parsePrevResult reads what the plugin before this one said, if there was one.
+func (c *config) parsePrevResult() error {
 	if c.RawPrevResult == nil {
-		return c, nil
+		return nil
 	}
 	if err := version.ParsePrevResult(&c.PluginConf); err != nil {
-		return config{}, types.NewError(types.ErrDecodingFailure, "the previous plugin's result cannot be read", err.Error())
+		return types.NewError(types.ErrDecodingFailure, "the previous plugin's result cannot be read", err.Error())
 	}
-	return c, nil
+	return nil
 }
 
 // annotations that the runtime gave; given is false where it gave none at all, as

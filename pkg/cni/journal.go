@@ -3,8 +3,11 @@ package cni
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -25,40 +28,62 @@ const (
 type journal struct {
 	*logrus.Entry
 	config config
-	text   *bytes.Buffer
+	text   *pages
+}
+
+// pages are written by a verb, and read when its time is over, whether or not it
+// has come to its end.
+type pages struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (p *pages) Write(line []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.text.Write(line)
+}
+
+func (p *pages) take() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.text.String()
 }
 
 func newJournal(c config, fields logrus.Fields) *journal {
-	text := new(bytes.Buffer)
+	text := new(pages)
 	log := logrus.New()
 	log.SetOutput(text)
 	log.SetFormatter(&logrus.JSONFormatter{})
 	return &journal{Entry: log.WithFields(fields), config: c, text: text}
 }
 
-func (j *journal) setPod(pod agentapi.Pod) {
-	j.Entry = j.WithField("pod", pod.Namespace+"/"+pod.Name)
-}
-
 func (j *journal) flush() {
-	if j.text.Len() == 0 {
+	text := j.text.take()
+	if text == "" {
 		return
 	}
-	lines := strings.Split(strings.TrimSuffix(j.text.String(), "\n"), "\n")
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	ctx, cancel := context.WithTimeout(context.Background(), logTime)
 	defer cancel()
-	if _, err := agentapi.Call(ctx, j.config.Socket, agentapi.Request{Verb: agentapi.Log, Lines: lines}, nil); err == nil {
-		return
+	if _, err := agentapi.Call(ctx, j.config.Socket, agentapi.Request{Verb: agentapi.Log, Lines: lines}, nil); err != nil {
+		toFile(j.config.LogFile, text)
 	}
-	j.toFile()
 }
 
-func (j *journal) toFile() {
-	path := j.config.LogFile
+// toFile appends to a file, as long as it is one: a full disk, a file system that
+// cannot be written or a directory that is not there is somebody else's alarm.
+func toFile(path, text string) {
 	if path == "" {
 		return
 	}
-	if info, err := os.Stat(path); err == nil && info.Size()+int64(j.text.Len()) > maxLog {
+	info, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil || !info.Mode().IsRegular(): // a FIFO would make us wait for its reader
+		return
+	case info.Size()+int64(len(text)) > maxLog:
 		if os.Rename(path, path+".1") != nil {
 			return // rather no line than a file without end
 		}
@@ -68,5 +93,5 @@ func (j *journal) toFile() {
 		return
 	}
 	defer f.Close()
-	_, _ = f.Write(j.text.Bytes()) // a full disk is somebody else's alarm
+	_, _ = f.WriteString(text)
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/kernel"
 	"github.com/sluice-mesh/sluice/pkg/report"
@@ -52,6 +53,7 @@ func Run(env Env, args []string) int {
 type common struct {
 	env    Env
 	dir    string
+	runDir string
 	output string
 }
 
@@ -106,6 +108,7 @@ func newRoot(env Env) *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().StringVar(&c.dir, "bpffs", defaultDir, "directory on a bpffs below which everything is pinned")
+	root.PersistentFlags().StringVar(&c.runDir, "run-dir", agentapi.DefaultRunDir, "directory of the node daemon, where there is one")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())
 	})

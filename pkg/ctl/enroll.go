@@ -92,7 +92,7 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 		}
 		return nil
 	}
-	if err := needRoot(); err != nil {
+	if err := c.mayChange("what is enrolled here follows the pods' annotations: change those"); err != nil {
 		return err
 	}
 	ns, err := netns.Open(f.netns)
@@ -269,7 +269,7 @@ error. A namespace that is gone is named by its --cookie ("sluicectl pods").`,
 }
 
 func (c *common) unenroll(cmd *cobra.Command, name string, cookie uint64) error {
-	if err := needRoot(); err != nil {
+	if err := c.mayChange("a pod stays redirected as long as it lives: delete it, or take the whole node down with \"sluicectl down --now\""); err != nil {
 		return err
 	}
 	var ns *netns.NetNS

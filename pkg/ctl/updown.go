@@ -46,7 +46,7 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
 }
 
 func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
-	if err := needRoot(); err != nil {
+	if err := c.mayChange("it loads the programs itself: restart it to load them anew"); err != nil {
 		return err
 	}
 	var err error
@@ -142,35 +142,4 @@ func dropMount(dir string) error {
 		return fmt.Errorf("unmount the bpffs that sluicectl up mounted on %s: %w", parent, err)
 	}
 	return nil
-}
-
-func newDown(c *common) *cobra.Command {
-	return &cobra.Command{
-		Use:   "down",
-		Short: "Remove every program, map and pin of Sluice's",
-		Long: `down detaches every program and removes every map and pin below --bpffs.
-Pods that were enrolled are not captured any more: their new connections go
-direct. Where nothing is left to remove it says so and succeeds.`,
-		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := needRoot(); err != nil {
-				return err
-			}
-			_, statErr := os.Stat(c.dir)
-			pods, err := datapath.Down(c.dir)
-			if err := errors.Join(err, dropMount(c.dir)); err != nil {
-				return err
-			}
-			if errors.Is(statErr, os.ErrNotExist) {
-				cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
-				return nil
-			}
-			cmd.Printf("Sluice is down: nothing is left below %s.", c.dir)
-			if pods > 0 {
-				cmd.Printf(" The connections of %s that had been enrolled now go direct.", count(pods, "pod"))
-			}
-			cmd.Println()
-			return nil
-		},
-	}
 }

@@ -25,6 +25,9 @@ a moment, says so, and finds pods that are enrolled later. Ended, it leaves
 everything as it is.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := c.mayChange("it keeps every pod current: there is nothing left to watch"); err != nil {
+				return err
+			}
 			d, err := c.open()
 			if err != nil {
 				return err
@@ -59,6 +62,9 @@ there is nothing left to correct.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if (name == "") != all {
 				return errors.New("give either --netns or --all")
+			}
+			if err := c.mayChange("it keeps every pod current: there is nothing left to refresh"); err != nil {
+				return err
 			}
 			d, err := c.open()
 			if err != nil {

@@ -53,7 +53,7 @@ func (d *Datapath) InForce(cookie uint64, r rules.Rules) (out Force, found bool,
 
 // Settle marks every attachment of a namespace as judged.
 func (d *Datapath) Settle(cookie uint64) error {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
@@ -89,7 +89,7 @@ func (d *Datapath) Sweep() ([]PodInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +122,7 @@ func (d *Datapath) Strays() ([]uint64, error) {
 // DropStrays removes the attachments about namespaces, if they still are not
 // enrolled. Give those that Strays has listed for longer than any ADD takes.
 func (d *Datapath) DropStrays(cookies []uint64) error {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
@@ -167,5 +167,5 @@ func (d *Datapath) Fill() ([]Fill, error) {
 	return out, errors.Join(err, errKeys)
 }
 
-// Features are those that the datapath was brought up or opened with.
-func (d *Datapath) Features() Features { return d.features }
+// Features are those of the kernel that the datapath was brought up on.
+func (d *Datapath) Features() Features { return d.probed() }

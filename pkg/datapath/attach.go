@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -22,6 +23,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries pod
 	if _, err := d.attachInterfaces(ns, network, entries, flags, false); err != nil {
 		return err
 	}
+	failpoint.Step("attach: interfaces")
 	prog, err := d.loadStub(progInbound, ns.Cookie(), false)
 	if err != nil {
 		return err
@@ -33,6 +35,7 @@ func (d *Datapath) attachPod(ns *netns.NetNS, network netns.Network, entries pod
 	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", ns.Path(), err)
 	}
+	failpoint.Step("attach: inbound")
 	if !already {
 		return nil
 	}
@@ -47,15 +50,17 @@ func (d *Datapath) attachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make %s: %w", dir, err)
 	}
+	failpoint.Step("attach: directory made")
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			if l.Lo || entries.excludes(l.Index) || name == progTCInbound && entries.reroutes(l.Index) || missing && d.hasTC(ns, l, name, flags) {
+			if !d.wantsTC(l, name, entries) || missing && d.hasTC(ns, l, name, flags) {
 				continue
 			}
 			e := d.attachTC(ns, l, name, flags)
 			switch {
 			case e == nil:
 				attached = append(attached, name+" to "+l.Name)
+				failpoint.Step("attach: " + name)
 			case !missing || !isGone(e): // an interface may go while it is looked at
 				err = errors.Join(err, fmt.Errorf("attach %s to %s of %s: %w", name, l.Name, ns.Path(), e))
 			}
@@ -74,7 +79,7 @@ func (d *Datapath) detachInterfaces(ns *netns.NetNS, network netns.Network, entr
 	wanted := map[string]bool{progInbound: true}
 	for _, name := range tcProgramNames(flags) {
 		for _, l := range network.Links {
-			wanted[tcPin(name, l.Index)] = !l.Lo && !entries.excludes(l.Index) && (name != progTCInbound || !entries.reroutes(l.Index))
+			wanted[tcPin(name, l.Index)] = d.wantsTC(l, name, entries)
 		}
 	}
 	for _, l := range network.Links {
@@ -136,6 +141,7 @@ func replaceOrPin(pin string, prog *ebpf.Program, attach func() (link.Link, erro
 		return err
 	}
 	defer l.Close()
+	failpoint.Step("attach: link made, not pinned")
 	return l.Pin(pin)
 }
 
@@ -179,7 +185,9 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, flags connec
 			if wanted != nil { // the pod lives on: not in a while, but now
 				errs = errors.Join(errs, detachNow(pin))
 			}
-			errs = errors.Join(errs, os.Remove(pin))
+			if err := os.Remove(pin); !errors.Is(err, os.ErrNotExist) {
+				errs = errors.Join(errs, err)
+			}
 		}
 	}
 	if ns == nil {
@@ -197,13 +205,18 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	// Removing a pin detaches later, from a worker: until then the pod, which is
 	// not in the map any more, would be refused everything.
 	err := detachNow(filepath.Join(dir, progInbound))
+	failpoint.Step("detach: inbound")
 	err = errors.Join(err, d.detachExcept(dir, nil, 0, ns))
+	failpoint.Step("detach: interfaces")
 	if e := os.RemoveAll(dir); e != nil {
 		err = errors.Join(err, fmt.Errorf("remove %s: %w", dir, e))
 	}
 	return err
 }
 
+// detachNow removes the pin before it detaches: a link that is pinned and attached
+// to nothing is, for who finds it, one whose namespace is gone. Killed in between,
+// we take the link along.
 func detachNow(pin string) error {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {
@@ -213,6 +226,10 @@ func detachNow(pin string) error {
 		return fmt.Errorf("open %s: %w", pin, err)
 	}
 	defer l.Close()
+	if err := l.Unpin(); err != nil {
+		return fmt.Errorf("unpin %s: %w", pin, err)
+	}
+	failpoint.Step("unenroll: link unpinned")
 	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
 		return fmt.Errorf("detach %s: %w", pin, err)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -38,7 +39,7 @@ func networkHash(name string) uint64 {
 
 // Attach records an attachment, or records it anew.
 func (d *Datapath) Attach(a Attachment) error {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
@@ -53,6 +54,7 @@ func (d *Datapath) Attach(a Attachment) error {
 	if err := d.maps["attachments"].Put(a.key(), value); err != nil {
 		return tableError("attachments", err)
 	}
+	failpoint.Step("attachment written")
 	return nil
 }
 
@@ -66,7 +68,7 @@ type Released struct {
 // ns may be nil; if it is not the namespace in question, it is left alone. What
 // is not recorded is no error: found is false.
 func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Released{}, false, err
 	}
@@ -83,7 +85,7 @@ func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found
 
 // ReleaseStale releases every attachment of a network but the valid ones.
 func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Released, error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return nil, err
 	}
@@ -116,13 +118,18 @@ func (d *Datapath) release(key connectAttachmentKey, value connectAttachment, ns
 		others = others || k != key && v.Cookie == value.Cookie
 	})
 	if err == nil && !others {
-		if ns != nil && ns.Cookie() != value.Cookie {
-			ns = nil
+		if ns == nil || ns.Cookie() != value.Cookie {
+			// GC names no namespace, and DEL may name one that is gone.
+			if ns = d.find(value.Cookie); ns != nil {
+				defer ns.Close()
+			}
 		}
 		out.Unenrolled = true
 		err = d.unenroll(value.Cookie, ns)
 	}
-	return out, errors.Join(err, deleteKey(d.maps["attachments"], key))
+	err = errors.Join(err, deleteKey(d.maps["attachments"], key))
+	failpoint.Step("release: forgotten")
+	return out, err
 }
 
 // Attachment finds what is recorded of an attachment.

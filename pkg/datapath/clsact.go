@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -47,6 +48,7 @@ func attachClsact(ns *netns.NetNS, l netns.Link, name string, prog *ebpf.Program
 	if err := handle.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add a clsact qdisc: %w", err)
 	}
+	failpoint.Step("enroll: qdisc added")
 	filter := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
 			LinkIndex: l.Index, Parent: clsactParent(name), Handle: clsactHandle(name),

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -181,6 +182,7 @@ func (d *Datapath) writeNetwork(cookie uint64, old, new podNetwork) error {
 		} else if err := d.maps[e.table].Put(e.key, e.value); err != nil {
 			return tableError(e.table, err)
 		}
+		failpoint.Step("network: entry changed")
 	}
 	return nil
 }

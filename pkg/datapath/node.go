@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/kernel"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
@@ -58,7 +59,7 @@ func Up(opts Options) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	d.features = features
+	d.probed = func() Features { return features }
 	if err := d.prepare(); err != nil {
 		return nil, err
 	}
@@ -68,13 +69,18 @@ func Up(opts Options) (*Datapath, error) {
 	}
 	defer unlock()
 	if err := d.up(); err != nil {
+		if d.isHalfway() == nil { // no program uses what was staged
+			err = errors.Join(err, os.RemoveAll(d.mapsDir()+stageSuffix))
+		}
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
 
+// up loads everything before it changes anything that is in force.
 func (d *Datapath) up() error {
-	if err := d.openMaps(true); err != nil {
+	staged, err := d.adoptMaps()
+	if err != nil {
 		return err
 	}
 	programs, closeAll, err := d.loadNode()
@@ -82,16 +88,30 @@ func (d *Datapath) up() error {
 		return err
 	}
 	defer closeAll()
-	if err := d.loadShared(); err != nil {
+	shared, closeShared, err := d.loadShared()
+	if err != nil {
+		return err
+	}
+	defer closeShared()
+	if staged {
+		if err := d.enterHalfway(); err != nil {
+			return err
+		}
+	}
+	if err := d.replaceShared(shared); err != nil {
 		return err
 	}
 	for _, hook := range nodeHooks {
-		if isUDP(hook.name) && !d.features.UDP {
+		if isUDP(hook.name) && !d.Features().UDP {
 			continue
 		}
 		if err := d.attachNode(hook, programs[hook.name]); err != nil {
 			return err
 		}
+		failpoint.Step("up: " + hook.name + " in force")
+	}
+	if err := d.commit(staged); err != nil {
+		return err
 	}
 	return d.repairPods()
 }
@@ -102,11 +122,24 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 		return nil, nil, fmt.Errorf("read the node programs: %w", err)
 	}
 	values := map[string]any{
-		"have_set_retval": d.features.SetRetval,
-		"have_mptcp_sock": d.features.MPTCPSock,
+		"have_set_retval": d.Features().SetRetval,
+		"have_mptcp_sock": d.Features().MPTCPSock,
 		"handshake_share": d.opts.HandshakeShare,
 		"target_share":    d.opts.TargetShare,
 	}
+	wanted := []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt}
+	if d.Features().UDP {
+		wanted = append(wanted, specs.udp)
+	}
+	programs, closeAll, err := d.loadAll(wanted, values)
+	if err != nil {
+		return nil, nil, fmt.Errorf("load the node programs: %w", err)
+	}
+	return programs, closeAll, nil
+}
+
+// loadAll loads the programs of some objects, by name.
+func (d *Datapath) loadAll(specs []*ebpf.CollectionSpec, values map[string]any) (map[string]*ebpf.Program, func(), error) {
 	programs := map[string]*ebpf.Program{}
 	var loaded []*ebpf.Collection
 	closeAll := func() {
@@ -114,15 +147,11 @@ func (d *Datapath) loadNode() (map[string]*ebpf.Program, func(), error) {
 			c.Close()
 		}
 	}
-	wanted := []*ebpf.CollectionSpec{specs.connect, specs.names, specs.sockops, specs.sockopt}
-	if d.features.UDP {
-		wanted = append(wanted, specs.udp)
-	}
-	for _, spec := range wanted {
+	for _, spec := range specs {
 		c, err := d.load(spec, values)
 		if err != nil {
 			closeAll()
-			return nil, nil, fmt.Errorf("load the node programs: %w", err)
+			return nil, nil, err
 		}
 		loaded = append(loaded, c)
 		for name, p := range c.Programs {
@@ -219,14 +248,19 @@ func Down(dir string) (pods int, err error) {
 		return 0, err
 	}
 	defer unlock()
+	if err := recoverMaps((&Datapath{opts: Options{Dir: dir}}).mapsDir()); err != nil {
+		return 0, err
+	}
 	held := holdingsOf(&Datapath{opts: Options{Dir: dir}})
 	pods, podErrs := removePods(dir)
+	failpoint.Step("down: pods forgotten")
 	// Captures first: connect programs go before what completes a handshake.
 	for i := len(nodeHooks) - 1; i >= 0; i-- {
 		pin := (&Datapath{opts: Options{Dir: dir}}).nodePin(nodeHooks[i].name)
 		if e := os.Remove(pin); e != nil && !errors.Is(e, os.ErrNotExist) {
 			err = errors.Join(err, fmt.Errorf("unpin %s: %w", pin, e))
 		}
+		failpoint.Step("down: " + nodeHooks[i].name + " unpinned")
 	}
 	err = errors.Join(err, removeOurs(dir))
 	held.awaitGone()
@@ -237,10 +271,11 @@ func Down(dir string) (pods int, err error) {
 // it: dir is a user's word, and may be a whole bpffs with other people's pins.
 func removeOurs(dir string) error {
 	var errs error
-	for _, name := range []string{"maps", filepath.Join("links", "node"), filepath.Join("links", "pods")} {
+	for _, name := range []string{"maps", halfwayName, filepath.Join("links", "node"), filepath.Join("links", "pods")} {
 		if err := os.RemoveAll(filepath.Join(dir, Layout, name)); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("remove the pins: %w", err))
 		}
+		failpoint.Step("down: " + name + " removed")
 	}
 	for _, path := range []string{filepath.Join(dir, Layout, "links"), filepath.Join(dir, Layout), dir} {
 		err := os.Remove(path)
@@ -266,7 +301,7 @@ func removePods(dir string) (int, error) {
 			pods[cookie] = connectPod{}
 		}
 	}
-	table, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "pods"), nil)
+	table, err := d.readable("pods")
 	if err == nil {
 		defer table.Close()
 		if err := eachPod(table, func(cookie uint64, p connectPod) { pods[cookie] = p }); err != nil {
@@ -276,7 +311,7 @@ func removePods(dir string) (int, error) {
 	if len(pods) == 0 {
 		return 0, nil
 	}
-	reroutes, err := ebpf.LoadPinnedMap(filepath.Join(d.mapsDir(), "reroutes"), nil)
+	reroutes, err := d.readable("reroutes")
 	if err == nil {
 		defer reroutes.Close()
 	}
@@ -297,10 +332,7 @@ func removePods(dir string) (int, error) {
 			errs = errors.Join(errs, ns.Close())
 		}
 	}
-	if table == nil {
-		return len(pods), errs // of another layout: what is pinned goes all the same
-	}
-	return len(pods), errors.Join(errs, deleteWhere(table, func(uint64) bool { return true }))
+	return len(pods), errors.Join(errs, d.clear("pods"))
 }
 
 // Attached says which of the node's programs are attached, by name, and to

@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
@@ -60,19 +61,19 @@ func (d *Datapath) Enroll(ns *netns.NetNS, pod Pod) (Enrolment, error) {
 	if pod.Inbound == "" {
 		pod.Inbound = InboundSKLookup
 	}
-	if pod.TC == TCX && !d.features.TCX {
+	if pod.TC == TCX && !d.Features().TCX {
 		return Enrolment{}, errors.New("this kernel has no TCX links (Linux 6.6 has): attach by clsact")
 	}
-	if err := d.features.allow(pod.Rules.Mode); err != nil {
+	if err := d.allow(pod.Rules.Mode); err != nil {
 		return Enrolment{}, err
 	}
-	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.features.IngressIfindex {
+	if len(pod.Rules.ExcludeInterfaces) > 0 && !d.Features().IngressIfindex {
 		return Enrolment{}, errors.New("this kernel does not tell sk_lookup programs where a packet came in (Linux 5.17 does), so no interface can be excluded: enroll without excludeInterfaces")
 	}
 	if err := d.canCaptureDNS(pod.Rules); err != nil {
 		return Enrolment{}, err
 	}
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Enrolment{}, err
 	}
@@ -117,11 +118,12 @@ func (d *Datapath) canCaptureDNS(r rules.Rules) error {
 	if !r.DNS {
 		return nil
 	}
-	if !d.features.UDP {
-		return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
-	}
 	for _, hook := range udpHooks {
-		if _, err := os.Stat(d.nodePin(hook)); err != nil {
+		_, err := os.Stat(d.nodePin(hook))
+		if err != nil && !d.Features().UDP {
+			return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
+		}
+		if err != nil {
 			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it (%w)", ErrNotUp, hook, err)
 		}
 	}
@@ -154,6 +156,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err != nil {
 		return err
 	}
+	failpoint.Step("enroll: rules written")
 	value.Addr4, value.Addr6 = toAddr(network.Primary4), toAddr(network.Primary6)
 	if pod.Inbound == InboundTC {
 		value.Flags |= connectPodFlagsPOD_INBOUND_TC
@@ -166,28 +169,31 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	} else if err := d.addFact(cookie, connectPodFactFACT_WAITING); err != nil {
 		return err // whatever the mode: it may change, and is then right
 	}
+	failpoint.Step("enroll: fact added")
 	if err := d.planWayBack(ns, network, pod.Rules.Mode, &value, out); err != nil {
 		return err
 	}
-	if out.addedSource6, err = addProxySource(ns, &network); err != nil {
-		return err
-	}
-	if out.addedSource6 {
+	failpoint.Step("enroll: way back planned")
+	if out.addedSource6 = lacksProxySource(network); out.addedSource6 {
 		value.Flags |= connectPodFlagsPOD_ADDED_SOURCE6
+		network.Addresses = append(network.Addresses, proxySource6)
 	}
 	entries, err := d.enrolNetwork(ns, network, pod, out)
 	if err != nil {
 		return err
 	}
 	value.Flags |= entries.flags()
+	failpoint.Step("enroll: network written")
 	for _, name := range []string{"handshake_use", "target_use"} {
 		if err := d.maps[name].Update(cookie, uint32(0), ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return tableError(name, err)
 		}
+		failpoint.Step("enroll: " + name + " begun")
 	}
 	if err := d.writeName(cookie, pod); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: name written")
 	six, err := d.nameReroutes(ns, pod.Rules.RerouteInterfaces)
 	if err != nil {
 		return err
@@ -198,14 +204,23 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 	if err := d.maps["pods"].Put(cookie, value); err != nil {
 		return tableError("pods", err)
 	}
+	failpoint.Step("enroll: pod written")
+	if out.addedSource6 { // after the entry that says so, or nobody would remove it
+		if _, err := ns.AddLoopback(proxySource6); err != nil {
+			return err
+		}
+		failpoint.Step("enroll: source added")
+	}
 	if err := d.setWayBack(ns, pod.Rules.Mode, value, out.addedWayBack); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: way back set")
 	runs, err := d.collect(ns, value, out)
 	if err != nil {
 		return err
 	}
-	if pod.TC == TCX || pod.TC != Clsact && runs && d.features.TCX {
+	failpoint.Step("enroll: open sockets collected")
+	if pod.TC == TCX || pod.TC != Clsact && runs && d.Features().TCX {
 		value.Flags |= connectPodFlagsPOD_TCX
 		if err := d.maps["pods"].Put(cookie, value); err != nil {
 			return tableError("pods", err)
@@ -269,7 +284,7 @@ func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, 
 // leaves nothing of it. One that is not enrolled is no error; found says
 // whether it was.
 func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return false, err
 	}
@@ -289,11 +304,19 @@ func (d *Datapath) Unenroll(cookie uint64, ns *netns.NetNS) (found bool, err err
 func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 	var value connectPod
 	known := d.maps["pods"].Lookup(cookie, &value) == nil
-	errs := errors.Join(unreroute(d.maps["reroutes"], cookie, ns), d.detachPod(cookie, ns))
+	errs := unreroute(d.maps["reroutes"], cookie, ns)
+	failpoint.Step("unenroll: reroutes removed")
+	errs = errors.Join(errs, d.detachPod(cookie, ns))
+	failpoint.Step("unenroll: detached")
 	errs = errors.Join(errs, restoreNamespace(ns, value))
-	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie), d.deleteFacts(cookie), d.deleteTargets(cookie))
+	failpoint.Step("unenroll: namespace restored")
+	errs = errors.Join(errs, deleteKey(d.maps["pods"], cookie))
+	failpoint.Step("unenroll: pod deleted")
+	errs = errors.Join(errs, d.deleteFacts(cookie), d.deleteTargets(cookie))
+	failpoint.Step("unenroll: facts deleted")
 	for _, name := range []string{"pod_names", "handshake_use", "target_use"} {
 		errs = errors.Join(errs, deleteKey(d.maps[name], cookie))
+		failpoint.Step("unenroll: " + name + " deleted")
 	}
 	errs = errors.Join(errs,
 		deleteWhere(d.maps["forwarded"], func(k connectForwardedKey) bool { return k.Cookie == cookie }),
@@ -301,10 +324,15 @@ func (d *Datapath) unenroll(cookie uint64, ns *netns.NetNS) error {
 		deleteWhere(d.maps["handshakes"], func(k connectHandshakeKey) bool { return k.Cookie == cookie }),
 		d.deleteStats(cookie),
 	)
-	if known {
-		errs = errors.Join(errs, d.deleteListeners(cookie, value), d.dropRules(value.RulesId))
+	failpoint.Step("unenroll: network deleted")
+	if !known {
+		// It may have been cut off once between its entry and its rules, and nothing
+		// says any more which ones they were.
+		return errors.Join(errs, d.dropOrphans())
 	}
-	return errs
+	errs = errors.Join(errs, d.deleteListeners(cookie, value))
+	failpoint.Step("unenroll: listeners deleted")
+	return errors.Join(errs, d.dropRules(value.RulesId))
 }
 
 // deleteTargets removes a pod's address book. Its connections stay open; what
@@ -344,8 +372,12 @@ func (d *Datapath) lasting(cookie uint64) connectPodFlags {
 // IPv6. 127.0.0.6 is there by itself; this one Istio adds, and so must we.
 var proxySource6 = netip.MustParseAddr("::6")
 
+func lacksProxySource(network netns.Network) bool {
+	return network.Primary6.IsValid() && !slices.Contains(network.Addresses, proxySource6)
+}
+
 func addProxySource(ns *netns.NetNS, network *netns.Network) (added bool, err error) {
-	if !network.Primary6.IsValid() || slices.Contains(network.Addresses, proxySource6) {
+	if !lacksProxySource(*network) {
 		return false, nil
 	}
 	added, err = ns.AddLoopback(proxySource6)
@@ -395,8 +427,15 @@ func deleteWhere[K any](m *ebpf.Map, chosen func(K) bool) error {
 }
 
 func deleteKey(m *ebpf.Map, key any) error {
-	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	err := m.Delete(key)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("delete from %s: %w", m, err)
+	}
+	if failpoint.Enabled {
+		failpoint.Step("entry deleted from " + m.String())
 	}
 	return nil
 }

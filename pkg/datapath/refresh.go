@@ -32,7 +32,7 @@ type Refreshed struct {
 // and looks at nothing but the differences. If a table is full, the rest is done
 // all the same.
 func (d *Datapath) Refresh(ns *netns.NetNS) (Refreshed, error) {
-	unlock, err := lock(d.opts.Dir)
+	unlock, err := d.lock()
 	if err != nil {
 		return Refreshed{}, err
 	}

@@ -112,6 +112,11 @@ func (d *Datapath) complete(path string) error {
 	if err := ns.AddWayBack(missing & netns.WayBack(pod.WayBack)); err != nil {
 		return err
 	}
+	if pod.Flags&connectPodFlagsPOD_ADDED_SOURCE6 != 0 {
+		if _, err := addProxySource(ns, &network); err != nil {
+			return err
+		}
+	}
 	if _, err := d.collect(ns, pod, &Enrolment{}); err != nil {
 		return err
 	}

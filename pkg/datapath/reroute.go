@@ -32,7 +32,7 @@ func (d *Datapath) checkReroute(pod Pod, network netns.Network) error {
 	if len(names) == 0 {
 		return nil
 	}
-	if !d.features.IngressIfindex {
+	if !d.Features().IngressIfindex {
 		return errors.New("this kernel does not tell sk_lookup programs the interface (Linux 5.17 does): interfaces cannot be rerouted")
 	}
 	if pod.NoGuard {

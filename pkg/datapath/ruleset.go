@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
@@ -70,9 +71,11 @@ func (d *Datapath) writeRules(r rules.Rules) (connectPod, error) {
 	if err := d.writeCompiled(id, compiled); err != nil {
 		return connectPod{}, errors.Join(err, d.clearRules(id))
 	}
+	failpoint.Step("enroll: compiled rules written")
 	if err := d.maps["rule_sets"].Put(id, connectRuleSet{Sha256: r.Digest()}); err != nil {
 		return connectPod{}, errors.Join(tableError("rule_sets", err), d.clearRules(id))
 	}
+	failpoint.Step("enroll: rule set named")
 	return value, nil
 }
 
@@ -107,6 +110,7 @@ func (d *Datapath) writeCompiled(id uint32, c rules.Compiled) error {
 	); err != nil {
 		return err
 	}
+	failpoint.Step("enroll: identities written")
 	if err := d.writePorts(id, connectDirectionDIR_OUT, c.OutPorts); err != nil {
 		return err
 	}
@@ -170,6 +174,7 @@ func (d *Datapath) dropRules(id uint32) error {
 	if err := d.maps["rule_sets"].Delete(id); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove the rule set: %w", err)
 	}
+	failpoint.Step("drop: rule set unnamed")
 	return d.clearRules(id)
 }
 

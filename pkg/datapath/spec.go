@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/rlimit"
@@ -18,8 +19,9 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/kernel"
 )
 
-// Layout is the version of maps and pins. Programs of one layout never meet the
-// maps of another.
+// Layout is the version of the scheme of pins: of the names of links, of what a
+// pod's stubs do, and of the maps that programs write. It is not that of the other
+// maps, which describe themselves (layout.go).
 const Layout = "v1"
 
 // Options say where a datapath lives. The zero value of a size means its
@@ -92,15 +94,15 @@ var ErrNotUp = errors.New("sluice is not up")
 // ErrElsewhere is returned where the datapath is attached to another cgroup.
 var ErrElsewhere = errors.New("sluice is up on another cgroup")
 
-// ErrLayout is returned for pinned maps that these programs cannot use.
-var ErrLayout = errors.New("the pinned maps are of another version")
+// ErrLayout is returned for pinned maps that this version cannot use.
+var ErrLayout = errors.New("the pinned maps are of another version of Sluice")
 
 // Datapath is an open datapath.
 // Close releases this process's hold; what is pinned stays in force.
 type Datapath struct {
-	opts     Options
-	features Features
-	maps     map[string]*ebpf.Map
+	opts   Options
+	probed func() Features // once, when first asked for
+	maps   map[string]*ebpf.Map
 }
 
 // nodeSpecs are the programs that the node carries.
@@ -135,55 +137,75 @@ func (d *Datapath) linksDir() string        { return filepath.Join(d.opts.Dir, L
 func (d *Datapath) nodePin(n string) string { return filepath.Join(d.linksDir(), "node", n) }
 func (d *Datapath) podDir(c uint64) string  { return filepath.Join(d.linksDir(), "pods", fmt.Sprint(c)) }
 
-// Open opens what is pinned below opts.Dir. ErrNotUp if nothing is.
+// Open opens what is pinned below opts.Dir. ErrNotUp if nothing is. It leaves the
+// kernel unprobed, for Up has found it fit, until something optional is asked for:
+// a plugin that enrolls a pod has no millisecond to spare.
 func Open(opts Options) (*Datapath, error) {
 	opts.complete()
-	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}}
+	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}, probed: sync.OnceValue(func() Features {
+		f, _ := examine()
+		if opts.Limit != nil {
+			opts.Limit(&f)
+		}
+		return f
+	})}
 	if _, err := os.Stat(d.mapsDir()); errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("%w: nothing is pinned below %s; run \"sluicectl up\" first", ErrNotUp, opts.Dir)
+		return nil, errors.Join(fmt.Errorf("%w: nothing is pinned below %s; run \"sluicectl up\" first", ErrNotUp, opts.Dir), foreignScheme(opts.Dir))
 	}
-	if err := d.openMaps(false); err != nil {
-		return nil, errors.Join(err, d.Close())
+	if d.isHalfway() != nil { // it may be under way: wait for its end
+		unlock, err := lock(opts.Dir)
+		if err != nil {
+			return nil, err
+		}
+		unlock()
+		if err := d.isHalfway(); err != nil {
+			return nil, err
+		}
 	}
-	var err error
-	if d.features, err = opts.probe(); err != nil {
+	if err := d.openMaps(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
 
-// openMaps opens every pinned map, and creates and pins those that are missing
-// where create is true.
-func (d *Datapath) openMaps(create bool) error {
-	spec, err := loadConnect()
+// mapSpecs are the definitions of the pinned maps, as large as asked for. Every
+// object has them (bpf/maps.h); this one is the smallest, and read in a third of
+// the time of connect's.
+func (d *Datapath) mapSpecs() (map[string]*ebpf.MapSpec, error) {
+	spec, err := loadSockopt()
 	if err != nil {
-		return fmt.Errorf("read the map definitions: %w", err)
+		return nil, fmt.Errorf("read the map definitions: %w", err)
 	}
 	sized := map[string]uint32{"handshakes": d.opts.Handshakes, "targets": d.opts.Targets, "target_index": d.opts.Targets}
+	out := map[string]*ebpf.MapSpec{}
 	for name, m := range spec.Maps {
-		if m.Type == ebpf.Array || name[0] == '.' {
-			continue // .rodata and the like belong to one program
+		if !isPinned(m) {
+			continue
 		}
 		if size, ok := sized[name]; ok {
 			m.MaxEntries = size
 		}
+		out[name] = m
+	}
+	return out, nil
+}
+
+// openMaps opens every pinned map, if they are of this version's layout.
+func (d *Datapath) openMaps() error {
+	specs, err := d.mapSpecs()
+	if err != nil {
+		return err
+	}
+	if err := d.checkLayout(specs); err != nil {
+		return err
+	}
+	for name := range specs {
 		pin := filepath.Join(d.mapsDir(), name)
 		opened, err := ebpf.LoadPinnedMap(pin, nil)
-		switch {
-		case err == nil:
-			if _, ok := sized[name]; ok {
-				m.MaxEntries = opened.MaxEntries() // chosen at the first start
-			}
-			if err := m.Compatible(opened); err != nil {
-				return errors.Join(fmt.Errorf("%w: %s: %w; remove them with \"sluicectl down\"", ErrLayout, pin, err), opened.Close())
-			}
-		case errors.Is(err, os.ErrNotExist) && create:
-			if opened, err = createMap(m, pin); err != nil {
-				return err
-			}
-		case errors.Is(err, os.ErrNotExist):
+		if errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("%w completely: %s is missing; \"sluicectl up\" repairs it", ErrNotUp, pin)
-		default:
+		}
+		if err != nil {
 			return fmt.Errorf("open %s: %w", pin, err)
 		}
 		d.maps[name] = opened
@@ -253,9 +275,12 @@ func (d *Datapath) prepare() error {
 		parent = filepath.Dir(parent)
 	}
 	if kernel.IsBPFFS(parent) != nil {
-		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf DIR) and give a directory on it with --bpffs", d.opts.Dir)
+		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath) and give a directory on it with --bpffs", d.opts.Dir, kernel.ErrNoBPFFS)
 	}
-	for _, dir := range []string{d.mapsDir(), filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {
+	if err := foreignScheme(d.opts.Dir); err != nil {
+		return err
+	}
+	for _, dir := range []string{filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return fmt.Errorf("make %s: %w", dir, err)
 		}

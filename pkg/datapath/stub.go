@@ -1,10 +1,13 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 )
 
 // A stub is what is attached to a pod: it leaves the pod's cookie in scratch
@@ -107,39 +110,35 @@ func (d *Datapath) loadStub(name string, cookie uint64, ethernet bool) (*ebpf.Pr
 	return prog, nil
 }
 
-// loadShared loads the programs that every pod's stubs call, and puts them in
-// place: that replaces them for every pod at once, atomically for each.
-func (d *Datapath) loadShared() error {
-	inbound, err := loadInbound()
-	if err != nil {
-		return fmt.Errorf("read the inbound program: %w", err)
-	}
-	tc, err := loadTc()
-	if err != nil {
-		return fmt.Errorf("read the TC programs: %w", err)
-	}
-	reroute, err := loadReroute()
-	if err != nil {
-		return fmt.Errorf("read the TC programs of rerouted interfaces: %w", err)
+// loadShared loads the programs that every pod's stubs call, by name.
+func (d *Datapath) loadShared() (map[string]*ebpf.Program, func(), error) {
+	inbound, inboundErr := loadInbound()
+	tc, tcErr := loadTc()
+	reroute, rerouteErr := loadReroute()
+	if err := errors.Join(inboundErr, tcErr, rerouteErr); err != nil {
+		return nil, nil, fmt.Errorf("read the pods' shared programs: %w", err)
 	}
 	values := map[string]any{
 		"target_share":         d.opts.TargetShare,
-		"have_ingress_ifindex": d.features.IngressIfindex,
-		"have_mptcp_sock":      d.features.MPTCPSock,
+		"have_ingress_ifindex": d.Features().IngressIfindex,
+		"have_mptcp_sock":      d.Features().MPTCPSock,
 	}
-	for _, spec := range []*ebpf.CollectionSpec{inbound, tc, reroute} {
-		c, err := d.load(spec, values)
-		if err != nil {
-			return fmt.Errorf("load the pods' shared programs: %w", err)
+	programs, closeAll, err := d.loadAll([]*ebpf.CollectionSpec{inbound, tc, reroute}, values)
+	if err != nil {
+		return nil, nil, fmt.Errorf("load the pods' shared programs: %w", err)
+	}
+	return programs, closeAll, nil
+}
+
+// replaceShared puts programs in the place that the stubs call: that replaces them
+// for every pod at once, atomically for each.
+func (d *Datapath) replaceShared(programs map[string]*ebpf.Program) error {
+	for name, prog := range programs {
+		s := stubs[name]
+		if err := d.maps[s.table].Put(s.index, prog); err != nil {
+			return fmt.Errorf("put %s in place: %w", name, err)
 		}
-		for name, prog := range c.Programs {
-			s := stubs[name]
-			if err := d.maps[s.table].Put(s.index, prog); err != nil {
-				c.Close()
-				return fmt.Errorf("put %s in place: %w", name, err)
-			}
-		}
-		c.Close()
+		failpoint.Step("up: " + name + " in force")
 	}
 	return nil
 }

@@ -23,8 +23,8 @@ var ErrNoTProxy = errors.New("this kernel cannot do TPROXY mode")
 
 // allow refuses TPROXY mode where the inbound program cannot tell what comes in
 // by lo.
-func (f Features) allow(mode rules.Mode) error {
-	if mode == rules.TProxy && !f.IngressIfindex {
+func (d *Datapath) allow(mode rules.Mode) error {
+	if mode == rules.TProxy && !d.Features().IngressIfindex {
 		return fmt.Errorf("%w: it lacks ingress_ifindex in sk_lookup programs, so the proxy's calls for its clients cannot be told from what comes from the network. Linux 5.17 or newer has it; use mode %s", ErrNoTProxy, rules.Redirect)
 	}
 	return nil

@@ -9,7 +9,7 @@ import (
 
 func TestAKernelWithoutIngressIfindexHasNoTProxyMode(t *testing.T) {
 	for _, has := range []bool{false, true} {
-		f := Features{IngressIfindex: has}
+		f := &Datapath{probed: func() Features { return Features{IngressIfindex: has} }}
 		if err := f.allow(rules.Redirect); err != nil {
 			t.Errorf("ingress_ifindex: %v: REDIRECT is refused: %v", has, err)
 		}

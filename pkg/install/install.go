@@ -57,6 +57,8 @@ type Status struct {
 	File string
 	// Overwritten counts how often the entry or the binary was found gone.
 	Overwritten int
+	// Withdrawn says that Sluice has taken it away itself.
+	Withdrawn bool
 }
 
 // timing holds every period; tests shorten them.
@@ -186,7 +188,7 @@ func (i *Installer) setStatus(status Status) {
 // install does one round: binary, entry, and other files that have an entry.
 func (i *Installer) install(now time.Time) (Status, time.Duration) {
 	status := func(file string, err error) (Status, time.Duration) {
-		s := Status{Ready: err == nil, File: file, Overwritten: i.conf.total + i.bin.total}
+		s := Status{Ready: err == nil, File: file, Overwritten: i.conf.total + i.bin.total, Withdrawn: i.withdrawn}
 		again := i.time.resync
 		if err != nil {
 			s.Reason = err.Error()
@@ -245,7 +247,7 @@ func (i *Installer) Withdraw() error {
 	i.work.Lock()
 	defer i.work.Unlock()
 	i.withdrawn = true
-	i.setStatus(Status{Reason: errWithdrawn.Error(), Overwritten: i.conf.total + i.bin.total})
+	i.setStatus(Status{Reason: errWithdrawn.Error(), Overwritten: i.conf.total + i.bin.total, Withdrawn: true})
 	i.disk.removeLeftovers(i.opts.ConfDir)
 	return i.removeEntries()
 }

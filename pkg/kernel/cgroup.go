@@ -17,6 +17,9 @@ import (
 // ErrNoCgroup2 is returned where the root of cgroup2 cannot be seen.
 var ErrNoCgroup2 = errors.New("the root of cgroup2 is not visible here")
 
+// ErrNoBPFFS is returned where pins cannot be made.
+var ErrNoBPFFS = errors.New("is not on a bpffs")
+
 // CgroupRoot returns the directory of the true root of cgroup2. Inside a
 // container a cgroup2 mount shows the container's own cgroup as "/": a program
 // attached there sees nobody, and says nothing. Only the true root has inode
@@ -34,9 +37,9 @@ func CgroupRoot() (string, error) {
 		seen = append(seen, m.Mountpoint)
 	}
 	if len(seen) == 0 {
-		return "", fmt.Errorf("%w: no cgroup2 is mounted. Mount it (mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified) or give a directory of it with --cgroup", ErrNoCgroup2)
+		return "", fmt.Errorf("%w: no cgroup2 is mounted. On the machine itself, mount it (mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified) or give a directory of it with --cgroup; in a pod, mount the host's as a hostPath", ErrNoCgroup2)
 	}
-	return "", fmt.Errorf("%w: %s shows only the cgroup of this container or cgroup namespace, and programs attached there would see no other process. Run on the machine itself, or mount the host's /sys/fs/cgroup and give it with --cgroup", ErrNoCgroup2, strings.Join(seen, " and "))
+	return "", fmt.Errorf("%w: %s shows only the cgroup of this container or cgroup namespace, and programs attached there would see no other process. Run on the machine itself, or mount the host's /sys/fs/cgroup (in a pod: as a hostPath) and give it with --cgroup", ErrNoCgroup2, strings.Join(seen, " and "))
 }
 
 // IsCgroupRoot says whether dir is the true root of cgroup2.
@@ -94,7 +97,7 @@ func IsBPFFS(dir string) error {
 		return fmt.Errorf("bpffs directory %s: %w", dir, err)
 	}
 	if uint32(fs.Type) != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("%s is not on a bpffs: mount one (mount -t bpf bpf %s) or give another directory with --bpffs", dir, dir)
+		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf %s) or give another directory with --bpffs; in a pod, mount the host's /sys/fs/bpf as a hostPath", dir, ErrNoBPFFS, dir)
 	}
 	return nil
 }

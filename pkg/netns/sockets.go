@@ -82,6 +82,9 @@ func (n *NetNS) processes() ([]int, error) {
 func (n *NetNS) socketsOf(pid int, states []uint8, seen map[uint64]bool) ([]Socket, error) {
 	dir := filepath.Join("/proc", strconv.Itoa(pid), "fd")
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("list the sockets of process %d (needs CAP_SYS_PTRACE, and CAP_DAC_READ_SEARCH where it is another user's): %w", pid, err)
+	}
 	if err != nil {
 		return nil, nil // it ended
 	}

@@ -32,11 +32,12 @@ type apiServer struct {
 	changed chan struct{}
 	events  []corev1.Event
 	status  int // of every answer, where not 0
+	set     *daemonSet
 }
 
 func newAPI(t *testing.T) *apiServer {
 	t.Helper()
-	a := &apiServer{pods: map[string]*corev1.Pod{}, changed: make(chan struct{})}
+	a := &apiServer{set: newDaemonSet(), pods: map[string]*corev1.Pod{}, changed: make(chan struct{})}
 	a.Server = httptest.NewServer(a)
 	t.Cleanup(func() { a.CloseClientConnections(); a.Close() })
 	a.kubeconfig = filepath.Join(t.TempDir(), "kubeconfig")
@@ -93,6 +94,18 @@ func (a *apiServer) told(reason, text string) bool {
 	return false
 }
 
+// lastWords is the text of the last Event about a pod, if any.
+func (a *apiServer) lastWords(pod string) (text string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range a.events {
+		if e.InvolvedObject.Name == pod {
+			text = e.Message
+		}
+	}
+	return text
+}
+
 func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	status := a.status
@@ -101,8 +114,9 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	switch {
 	case status != 0:
-		w.WriteHeader(status)
-		_ = json.NewEncoder(w).Encode(metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, Status: "Failure", Code: int32(status), Message: "no"})
+		refuse(w, &metav1.Status{Code: int32(status), Message: "no"})
+	case strings.HasPrefix(r.URL.Path, "/apis/apps/v1/"):
+		a.set.ServeHTTP(w, r)
 	case r.Method != http.MethodGet:
 		a.take(w, r)
 	case query.Get("watch") != "" && r.URL.Path == "/api/v1/pods":
@@ -118,6 +132,13 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			Items: []corev1.Namespace{{ObjectMeta: metav1.ObjectMeta{Name: "plain", ResourceVersion: "1"}}},
 		})
 	}
+}
+
+// refuse answers with an error of the API's.
+func refuse(w http.ResponseWriter, s *metav1.Status) {
+	s.TypeMeta, s.Status = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, metav1.StatusFailure
+	w.WriteHeader(int(s.Code))
+	_ = json.NewEncoder(w).Encode(s)
 }
 
 // take takes an Event, in whichever encoding the client prefers.

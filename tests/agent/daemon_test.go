@@ -184,7 +184,7 @@ func TestAPodThatRunsOutsideTheMeshIsEnrolledInPlace(t *testing.T) {
 }
 
 // inCgroup has a process live in the pod's namespace, in a cgroup of this name.
-func inCgroup(t *testing.T, p *kit.Pod, name string) {
+func inCgroup(t *testing.T, p *kit.Pod, name string, change ...func(*exec.Cmd)) {
 	t.Helper()
 	dir := filepath.Join(kit.Cgroup(t), name)
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -198,6 +198,9 @@ func inCgroup(t *testing.T, p *kit.Pod, name string) {
 	defer cgroup.Close()
 	cmd := exec.Command("sleep", "600")
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	for _, c := range change {
+		c(cmd)
+	}
 	if err := p.Do(cmd.Start); err != nil {
 		t.Fatal(err)
 	}

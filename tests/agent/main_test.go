@@ -5,8 +5,10 @@ package agent
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
@@ -54,11 +57,7 @@ func newNode(t *testing.T) *node {
 	n := &node{t: t, dir: t.TempDir()}
 	n.bpffs = filepath.Join(kit.BPFFS(t), "agent-"+strings.ToLower(t.Name()))
 	n.api = newAPI(t)
-	t.Cleanup(func() {
-		if _, err := datapath.Down(n.bpffs); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(n.down)
 	return n
 }
 
@@ -116,18 +115,63 @@ func (d *daemon) readyz() (status int, text string) {
 	return response.StatusCode, string(body)
 }
 
+// get is what it serves at a path.
+func (d *daemon) get(path string) string {
+	d.t.Helper()
+	response, err := http.Get("http://" + d.address + path)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil || response.StatusCode != http.StatusOK {
+		d.t.Fatal(path, ": ", response.Status, err)
+	}
+	return string(body)
+}
+
 func (d *daemon) awaitReady() *daemon {
 	d.t.Helper()
 	kit.Eventually(d.t, "the daemon is ready", func() bool { status, _ := d.readyz(); return status == http.StatusOK })
 	return d
 }
 
+func (n *node) socket() string { return agentapi.SocketPath(n.dir) }
+
+// isGone wants nothing of the daemon's to be left in its directory.
+func (n *node) isGone() {
+	n.t.Helper()
+	left, err := os.ReadDir(n.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.t.Fatal(err)
+	}
+	for _, e := range left {
+		n.t.Errorf("%s is left in the daemon's directory", e.Name())
+	}
+}
+
+// isDown wants nothing of the datapath's to be left.
+func (n *node) isDown() {
+	n.t.Helper()
+	if _, err := os.Stat(n.bpffs); !errors.Is(err, fs.ErrNotExist) {
+		n.t.Error("something is left of the datapath:", err)
+	}
+}
+
+// down removes the datapath, as a reboot does.
+func (n *node) down() {
+	n.t.Helper()
+	if _, err := datapath.Down(n.bpffs); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 // add runs the plugin's ADD for a pod.
 func (n *node) add(p *kit.Pod, name, uid string, annotations map[string]string) (stdout string, err error) {
 	n.t.Helper()
 	entry := map[string]any{
-		"cniVersion": "1.0.0", "name": "net", "type": "sluice-cni", "socket": filepath.Join(n.dir, "agent.sock"),
-		"stateFile": filepath.Join(n.dir, "state.json"), "bpffs": n.bpffs, "logFile": filepath.Join(n.dir, "log"),
+		"cniVersion": "1.0.0", "name": "net", "type": "sluice-cni", "socket": n.socket(),
+		"stateFile": agentapi.StatePath(n.dir), "bpffs": n.bpffs, "logFile": filepath.Join(n.dir, "log"),
 	}
 	if annotations != nil {
 		entry["runtimeConfig"] = map[string]any{"io.kubernetes.cri.pod-annotations": annotations}
@@ -136,13 +180,19 @@ func (n *node) add(p *kit.Pod, name, uid string, annotations map[string]string) 
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	cmd := exec.Command(filepath.Join(bin, "sluice-cni"))
-	cmd.Env = append(os.Environ(), "CNI_COMMAND=ADD", "CNI_CONTAINERID=c-"+uid, "CNI_IFNAME=eth0", "CNI_PATH="+bin,
-		fmt.Sprintf("CNI_NETNS=/proc/%d/fd/%d", os.Getpid(), p.Fd()),
-		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME="+name+";K8S_POD_UID="+uid)
+	cmd := addCommand(filepath.Join(bin, "sluice-cni"), p, name, uid)
 	cmd.Stdin = bytes.NewReader(text)
 	out, err := cmd.Output()
 	return string(out), err
+}
+
+// addCommand is the plugin as a runtime starts it.
+func addCommand(plugin string, p *kit.Pod, name, uid string) *exec.Cmd {
+	cmd := exec.Command(plugin)
+	cmd.Env = append(os.Environ(), "CNI_COMMAND=ADD", "CNI_CONTAINERID=c-"+uid, "CNI_IFNAME=eth0", "CNI_PATH="+bin,
+		fmt.Sprintf("CNI_NETNS=/proc/%d/fd/%d", os.Getpid(), p.Fd()),
+		"CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=shop;K8S_POD_NAME="+name+";K8S_POD_UID="+uid)
+	return cmd
 }
 
 func (n *node) mustAdd(p *kit.Pod, name, uid string, annotations map[string]string) {

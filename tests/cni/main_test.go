@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,6 +33,7 @@ var bin string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	kit.HoldAndExit()
 	dir, err := os.MkdirTemp("", "sluice-cni-test")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -85,7 +87,15 @@ func (n *node) entry() map[string]any {
 // network is a conflist of the given name and version, with plugins before ours.
 func (n *node) network(name, cniVersion string, before ...map[string]any) *libcni.NetworkConfigList {
 	n.t.Helper()
-	text, err := json.Marshal(map[string]any{"cniVersion": cniVersion, "name": name, "plugins": append(before, n.entry())})
+	return n.networkWith(name, cniVersion, nil, before...)
+}
+
+// networkWith is network with more in our entry.
+func (n *node) networkWith(name, cniVersion string, more map[string]any, before ...map[string]any) *libcni.NetworkConfigList {
+	n.t.Helper()
+	entry := n.entry()
+	maps.Copy(entry, more)
+	text, err := json.Marshal(map[string]any{"cniVersion": cniVersion, "name": name, "plugins": append(before, entry)})
 	if err != nil {
 		n.t.Fatal(err)
 	}

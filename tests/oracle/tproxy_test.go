@@ -21,46 +21,6 @@ const (
 	selfCallMark = 1338
 )
 
-// mangle is the table that TPROXY mode adds; PREROUTING of nat then has no
-// ISTIO_INBOUND. T1: the proxy's calls for clients, which are marked, are left alone;
-// T2: the answers to them come back to the proxy; T3: its calls to its own pod come
-// back in; T4: nothing else does over lo.
-func (i *iptables) mangle() {
-	for _, name := range i.ExcludeInterfaces {
-		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
-		i.add("O0", "-A OUTPUT -o %s -j RETURN", name)
-	}
-	i.add("", "-A ISTIO_DIVERT -j MARK --set-mark %d", clientMark)
-	i.add("", "-A ISTIO_DIVERT -j ACCEPT")
-	i.add("", "-A ISTIO_TPROXY ! -d %s -p tcp -j TPROXY --tproxy-mark %d/0xffffffff --on-port %d", i.loopback(), clientMark, i.InboundPort)
-	i.add("T1", "-A ISTIO_INBOUND -p tcp -m mark --mark %d -j RETURN", clientMark)
-	i.add("", "-A ISTIO_INBOUND -p tcp -s %s -i lo -j RETURN", i.source())
-	i.add("T4", "-A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark %d -j RETURN", selfCallMark)
-	if i.capturesInbound() {
-		i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
-	}
-	if i.IncludeInboundPorts.All {
-		for _, port := range i.ExcludeInboundPorts {
-			i.add("I2", "-A ISTIO_INBOUND -p tcp --dport %d -j RETURN", port)
-		}
-		i.toTProxy("")
-	}
-	for _, port := range i.IncludeInboundPorts.List {
-		i.toTProxy(fmt.Sprintf(" --dport %d", port))
-	}
-	i.add("T2", "-A PREROUTING -p tcp -m mark --mark %d -j CONNMARK --save-mark", clientMark)
-	i.add("T1", "-A OUTPUT -p tcp -o lo -m mark --mark %d -j RETURN", clientMark)
-	for _, owner := range i.identities() {
-		i.add("T3", "-A OUTPUT ! -d %s -p tcp -o lo -m owner %s -j MARK --set-mark %d", i.loopback(), owner, selfCallMark)
-	}
-	i.add("T2", "-A OUTPUT -p tcp -m connmark --mark %d -j CONNMARK --restore-mark", clientMark)
-}
-
-func (i *iptables) toTProxy(ports string) {
-	i.add("I3", "-A ISTIO_INBOUND -p tcp%s -m conntrack --ctstate RELATED,ESTABLISHED -j ISTIO_DIVERT", ports)
-	i.add("I3", "-A ISTIO_INBOUND -p tcp%s -j ISTIO_TPROXY", ports)
-}
-
 // wayBack adds the routing that Istio adds in TPROXY mode, and returns what takes
 // it away again.
 func wayBack(ns *kit.NS) (remove func() error, err error) {

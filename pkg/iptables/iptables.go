@@ -1,28 +1,36 @@
-package oracle
+// Package iptables writes, as text, the rules that Istio's CNI plugin would write
+// into a pod: what Sluice is compared with, by the oracle and by the benchmark. It
+// loads nothing.
+package iptables
 
 import (
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"slices"
 	"strings"
 
 	"github.com/sluice-mesh/sluice/pkg/rules"
-	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
-// iptables is what Istio's CNI plugin writes into a pod with these rules, for one
-// family, as iptables-restore reads it. Each line bears the name that
-// docs/rules.md gives to what it does.
-type iptables struct {
+// The marks of TPROXY mode: of the proxy's calls for clients, and of those to its
+// own pod.
+const (
+	clientMark   = 1337
+	selfCallMark = 1338
+)
+
+type text struct {
 	rules.Rules
 	v6    bool
 	omit  string // leave the lines of this name out
 	lines []string
 }
 
-func istioRules(r rules.Rules, v6 bool, omit string) string {
-	i := &iptables{Rules: r, v6: v6, omit: omit}
+// Istio returns what Istio's CNI plugin writes into a pod with these normalised
+// rules, for one family, as iptables-restore reads it. Each line bears the name
+// that docs/rules.md gives to what it does; those of the name omit are left out.
+func Istio(r rules.Rules, v6 bool, omit string) string {
+	i := &text{Rules: r, v6: v6, omit: omit}
 	i.table("nat", "ISTIO_INBOUND", "ISTIO_REDIRECT", "ISTIO_IN_REDIRECT", "ISTIO_OUTPUT", "ISTIO_OUTPUT_DNS")
 	i.add("", "-A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.OutboundPort)
 	i.add("", "-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports %d", r.InboundPort)
@@ -47,13 +55,13 @@ func istioRules(r rules.Rules, v6 bool, omit string) string {
 	return strings.Join(i.lines, "\n") + "\n"
 }
 
-func (i *iptables) add(name, format string, args ...any) {
+func (i *text) add(name, format string, args ...any) {
 	if name == "" || name != i.omit {
 		i.lines = append(i.lines, fmt.Sprintf(format, args...))
 	}
 }
 
-func (i *iptables) table(name string, chains ...string) {
+func (i *text) table(name string, chains ...string) {
 	builtin := map[string][]string{
 		"raw":    {"PREROUTING", "OUTPUT"},
 		"nat":    {"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"},
@@ -68,10 +76,10 @@ func (i *iptables) table(name string, chains ...string) {
 	}
 }
 
-func (i *iptables) commit() { i.add("", "COMMIT") }
+func (i *text) commit() { i.add("", "COMMIT") }
 
 // rerouted are the lines that Istio inserts above all others, the redirects last.
-func (i *iptables) rerouted() {
+func (i *text) rerouted() {
 	to := []string{""}
 	if !i.IncludeOutboundCIDRs.All {
 		to = nil
@@ -89,7 +97,7 @@ func (i *iptables) rerouted() {
 	}
 }
 
-func (i *iptables) inbound() {
+func (i *text) inbound() {
 	for _, name := range i.ExcludeInterfaces {
 		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
 	}
@@ -113,26 +121,26 @@ func (i *iptables) inbound() {
 	i.add("I3", "-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT")
 }
 
-func (i *iptables) capturesInbound() bool {
+func (i *text) capturesInbound() bool {
 	return i.IncludeInboundPorts.All || len(i.IncludeInboundPorts.List) > 0
 }
 
 // loopback and source are the addresses that the family has for these.
-func (i *iptables) loopback() string {
+func (i *text) loopback() string {
 	if i.v6 {
 		return "::1/128"
 	}
 	return i.Loopback.String()
 }
 
-func (i *iptables) source() string {
+func (i *text) source() string {
 	if i.v6 {
 		return "::6/128"
 	}
 	return "127.0.0.6/32"
 }
 
-func (i *iptables) output() {
+func (i *text) output() {
 	for _, port := range i.ExcludeOutboundPorts {
 		i.add("O1", "-A ISTIO_OUTPUT -p tcp --dport %d -j RETURN", port)
 		i.add("O1", "-A ISTIO_OUTPUT -p udp --dport %d -j RETURN", port)
@@ -170,7 +178,7 @@ func (i *iptables) output() {
 }
 
 // identity adds the three lines of a UID or GID of the proxy.
-func (i *iptables) identity(names [3]string, owner, self string) {
+func (i *text) identity(names [3]string, owner, self string) {
 	i.add(names[0], "-A ISTIO_OUTPUT -o lo ! -d %s -p tcp %s -m owner %s -j ISTIO_IN_REDIRECT", i.loopback(), self, owner)
 	if !slices.ContainsFunc(i.IncludeOutboundCIDRs.List, func(p netip.Prefix) bool { return p.Addr().IsLoopback() }) {
 		tcp := ""
@@ -182,7 +190,7 @@ func (i *iptables) identity(names [3]string, owner, self string) {
 	i.add(names[2], "-A ISTIO_OUTPUT -m owner %s -j RETURN", owner)
 }
 
-func (i *iptables) owners() {
+func (i *text) owners() {
 	if i.OwnerGroups.All {
 		for _, gid := range i.ExcludeOwnerGroups {
 			i.add("O9", "-A ISTIO_OUTPUT -m owner --gid-owner %d -j RETURN", gid)
@@ -197,7 +205,7 @@ func (i *iptables) owners() {
 }
 
 // zones keep the two halves of a captured UDP query apart in conntrack.
-func (i *iptables) zones() {
+func (i *text) zones() {
 	for _, owner := range i.identities() {
 		i.add("", "-A OUTPUT -p udp --dport 53 -m owner %s -j CT --zone 1", owner)
 		i.add("", "-A OUTPUT -p udp --sport %d -m owner %s -j CT --zone 2", i.DNSPort, owner)
@@ -206,7 +214,7 @@ func (i *iptables) zones() {
 	i.add("", "-A PREROUTING -p udp --sport 53 -j CT --zone 1")
 }
 
-func (i *iptables) identities() (out []string) {
+func (i *text) identities() (out []string) {
 	for _, uid := range i.ProxyUIDs {
 		out = append(out, fmt.Sprintf("--uid-owner %d", uid))
 	}
@@ -216,7 +224,7 @@ func (i *iptables) identities() (out []string) {
 	return out
 }
 
-func (i *iptables) ofFamily(prefixes []netip.Prefix) (out []netip.Prefix) {
+func (i *text) ofFamily(prefixes []netip.Prefix) (out []netip.Prefix) {
 	for _, p := range prefixes {
 		if p.Addr().Is6() == i.v6 {
 			out = append(out, p)
@@ -225,25 +233,42 @@ func (i *iptables) ofFamily(prefixes []netip.Prefix) (out []netip.Prefix) {
 	return out
 }
 
-// restore loads rules into the namespace, in place of those that are there.
-// Backend is "legacy" or "nft".
-func restore(ns *kit.NS, backend string, r rules.Rules, omit string) error {
-	for _, v6 := range []bool{false, true} {
-		name := "iptables-" + backend + "-restore"
-		if v6 {
-			name = "ip6tables-" + backend + "-restore"
-		}
-		cmd := exec.Command(name)
-		text := istioRules(r, v6, omit)
-		cmd.Stdin = strings.NewReader(text)
-		var out strings.Builder
-		cmd.Stdout, cmd.Stderr = &out, &out
-		if err := ns.Do(cmd.Start); err != nil { // a child is in the namespace of its parent's thread
-			return fmt.Errorf("run %s (Debian, Ubuntu: apt-get install iptables): %w", name, err)
-		}
-		if err := cmd.Wait(); err != nil {
-			return fmt.Errorf("%s: %w: %s\n%s", name, err, out.String(), text)
-		}
+// mangle is the table that TPROXY mode adds; PREROUTING of nat then has no
+// ISTIO_INBOUND. T1: the proxy's calls for clients, which are marked, are left alone;
+// T2: the answers to them come back to the proxy; T3: its calls to its own pod come
+// back in; T4: nothing else does over lo.
+func (i *text) mangle() {
+	for _, name := range i.ExcludeInterfaces {
+		i.add("I0", "-A PREROUTING -i %s -j RETURN", name)
+		i.add("O0", "-A OUTPUT -o %s -j RETURN", name)
 	}
-	return nil
+	i.add("", "-A ISTIO_DIVERT -j MARK --set-mark %d", clientMark)
+	i.add("", "-A ISTIO_DIVERT -j ACCEPT")
+	i.add("", "-A ISTIO_TPROXY ! -d %s -p tcp -j TPROXY --tproxy-mark %d/0xffffffff --on-port %d", i.loopback(), clientMark, i.InboundPort)
+	i.add("T1", "-A ISTIO_INBOUND -p tcp -m mark --mark %d -j RETURN", clientMark)
+	i.add("", "-A ISTIO_INBOUND -p tcp -s %s -i lo -j RETURN", i.source())
+	i.add("T4", "-A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark %d -j RETURN", selfCallMark)
+	if i.capturesInbound() {
+		i.add("", "-A PREROUTING -p tcp -j ISTIO_INBOUND")
+	}
+	if i.IncludeInboundPorts.All {
+		for _, port := range i.ExcludeInboundPorts {
+			i.add("I2", "-A ISTIO_INBOUND -p tcp --dport %d -j RETURN", port)
+		}
+		i.toTProxy("")
+	}
+	for _, port := range i.IncludeInboundPorts.List {
+		i.toTProxy(fmt.Sprintf(" --dport %d", port))
+	}
+	i.add("T2", "-A PREROUTING -p tcp -m mark --mark %d -j CONNMARK --save-mark", clientMark)
+	i.add("T1", "-A OUTPUT -p tcp -o lo -m mark --mark %d -j RETURN", clientMark)
+	for _, owner := range i.identities() {
+		i.add("T3", "-A OUTPUT ! -d %s -p tcp -o lo -m owner %s -j MARK --set-mark %d", i.loopback(), owner, selfCallMark)
+	}
+	i.add("T2", "-A OUTPUT -p tcp -m connmark --mark %d -j CONNMARK --restore-mark", clientMark)
+}
+
+func (i *text) toTProxy(ports string) {
+	i.add("I3", "-A ISTIO_INBOUND -p tcp%s -m conntrack --ctstate RELATED,ESTABLISHED -j ISTIO_DIVERT", ports)
+	i.add("I3", "-A ISTIO_INBOUND -p tcp%s -j ISTIO_TPROXY", ports)
 }

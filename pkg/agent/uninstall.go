@@ -1,0 +1,140 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
+	"github.com/sluice-mesh/sluice/pkg/conflist"
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+)
+
+const (
+	// addTime is how long an ADD may take, all waits included.
+	addTime = 10 * time.Second
+	// addPoll is how often it is looked for plugins that run. None are found twice
+	// in a row before none are believed to run: a runtime that has read the old
+	// configuration may be about to start one.
+	addPoll = 500 * time.Millisecond
+)
+
+// retreat takes the entry out of the runtime's configuration and waits until no
+// plugin runs any more, while the socket is still served.
+func (a *Agent) retreat() {
+	if a.installer == nil {
+		return
+	}
+	if err := a.installer.Withdraw(); err != nil {
+		a.log.WithError(err).Error("the plugin's entry cannot be taken out of the CNI configuration")
+		return
+	}
+	plugin, err := os.Stat(a.pluginPath())
+	if err != nil {
+		return // it is not there: nobody can run it
+	}
+	for none, until := 0, time.Now().Add(addTime); none < 2 && time.Now().Before(until); time.Sleep(addPoll) {
+		none++
+		if runs(plugin) {
+			none = 0
+		}
+	}
+}
+
+// pluginPath is where the plugin is installed.
+func (a *Agent) pluginPath() string {
+	return filepath.Join(a.config.Install.BinDir, conflist.Type)
+}
+
+// runs says whether a process that can be seen runs a program.
+func runs(program os.FileInfo) bool {
+	paths, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		return false
+	}
+	for _, path := range paths {
+		if running, err := os.Stat(path); err == nil && os.SameFile(running, program) {
+			return true
+		}
+	}
+	return false
+}
+
+// uninstall removes what the daemon has put on the node. Enrolled pods stay
+// redirected until they end, unless the operator wants otherwise.
+func (a *Agent) uninstall(lock *agentapi.Lock) error {
+	err := a.removeFiles()
+	if a.config.RunningPods == RunningPodsDirect || a.nobodyIsEnrolled() {
+		err = errors.Join(err, a.removeDatapath())
+	} else {
+		a.log.Info("uninstalled; pods that are enrolled stay redirected until they end")
+	}
+	if err != nil {
+		return err
+	}
+	if err := lock.Remove(); err != nil {
+		return err
+	}
+	_ = os.Remove(a.config.RunDir) // if it is empty, and no mount
+	return nil
+}
+
+// stayDown removes everything at an operator's word, and then does nothing until
+// the daemon is ended: if it ended by itself, the kubelet would start another,
+// which would put everything back. The node stays its own.
+func (a *Agent) stayDown(ctx context.Context, lock *agentapi.Lock) error {
+	a.ready.block(partOperator, "taken down by \"sluicectl down --now\": restart this pod to bring it up again")
+	a.log.Warn("taken down by \"sluicectl down --now\"; doing nothing until restarted")
+	// The signature comes last: it tells the command line that all is done.
+	err := errors.Join(a.removeFiles(), a.removeDatapath(), lock.Sign(""))
+	if err != nil {
+		a.ready.block(partOperator, "taking down left something: "+err.Error())
+		a.log.WithError(err).Error("taking down left something")
+	}
+	<-ctx.Done()
+	if a.self.uninstalled(context.WithoutCancel(ctx)) {
+		return errors.Join(a.removeFiles(), lock.Remove())
+	}
+	return nil
+}
+
+// removeFiles removes binary and state file. The binary stays if an entry does,
+// and then the plugin needs the state file.
+func (a *Agent) removeFiles() error {
+	if a.installer != nil {
+		if err := a.installer.Uninstall(); err != nil {
+			return fmt.Errorf("uninstall the plugin: %w", err)
+		}
+	}
+	if err := os.Remove(a.config.statePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the state file: %w", err)
+	}
+	return nil
+}
+
+// nobodyIsEnrolled says whether no living pod needs what is pinned.
+func (a *Agent) nobodyIsEnrolled() bool {
+	d, err := datapath.Open(datapath.Options{Dir: a.config.BPFFS, Log: a.log})
+	if err != nil {
+		return errors.Is(err, datapath.ErrNotUp)
+	}
+	defer d.Close()
+	if _, err := d.Sweep(); err != nil {
+		return false
+	}
+	pods, err := d.Cookies()
+	return err == nil && len(pods) == 0
+}
+
+func (a *Agent) removeDatapath() error {
+	pods, err := datapath.Down(a.config.BPFFS)
+	if err != nil {
+		return fmt.Errorf("remove the datapath: %w", err)
+	}
+	a.log.WithField(fieldCount, pods).Info("programs and maps are removed; connections of the pods that were enrolled go direct")
+	return nil
+}

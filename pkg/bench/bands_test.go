@@ -1,0 +1,63 @@
+package bench
+
+import (
+	"io"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// inBands is a result in which every band holds.
+func inBands() *Result {
+	r := &Result{Ratios: map[string]float64{}, Intervals: map[string][2]float64{}}
+	for _, b := range bands {
+		r.Ratios[b.ratio], r.Intervals[b.ratio] = b.most-0.01, [2]float64{b.most - 0.02, b.most + 0.01}
+	}
+	return r
+}
+
+func TestABandIsLeftOnlyByTheWholeInterval(t *testing.T) {
+	for _, b := range bands {
+		r := inBands()
+		if got := r.judge(io.Discard); len(got) > 0 {
+			t.Fatalf("%v is beyond though all hold", got)
+		}
+		r.Ratios[b.ratio], r.Intervals[b.ratio] = b.most+0.01, [2]float64{b.most - 0.001, b.most + 0.02}
+		if got := r.judge(io.Discard); len(got) > 0 {
+			t.Errorf("%s: the interval reaches into the band, and %v is beyond", b.ratio, got)
+		}
+		r.Intervals[b.ratio] = [2]float64{b.most + 0.001, b.most + 0.02}
+		if got := r.judge(io.Discard); !slices.Equal(got, []band{b}) {
+			t.Errorf("%s: the whole interval is beyond, and the verdict is %v", b.ratio, got)
+		}
+	}
+}
+
+func TestWhatWasNotMeasuredIsBeyond(t *testing.T) {
+	for _, b := range bands {
+		r := inBands()
+		delete(r.Ratios, b.ratio)
+		delete(r.Intervals, b.ratio)
+		var out strings.Builder
+		if got := r.judge(&out); !slices.Equal(got, []band{b}) || !strings.Contains(out.String(), "NOT MEASURED") {
+			t.Errorf("without %s the verdict is %v:\n%s", b.ratio, got, out.String())
+		}
+	}
+}
+
+func TestADelayMustBeNoticedInEveryBandItIsIn(t *testing.T) {
+	var delayed []band
+	for _, b := range bands {
+		if b.delay {
+			delayed = append(delayed, b)
+		}
+	}
+	if err := noticed(delayed); err != nil || len(delayed) < 4 {
+		t.Errorf("all of %d left: %v", len(delayed), err)
+	}
+	for i := range delayed {
+		if err := noticed(slices.Delete(slices.Clone(delayed), i, i+1)); err == nil || !strings.Contains(err.Error(), delayed[i].ratio) {
+			t.Errorf("%s did not leave its band, and the check says %v", delayed[i].ratio, err)
+		}
+	}
+}

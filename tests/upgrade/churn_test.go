@@ -1,0 +1,160 @@
+//go:build sluice_failpoints
+
+package upgrade
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/netns"
+	"github.com/sluice-mesh/sluice/pkg/rules"
+	"github.com/sluice-mesh/sluice/tests/kit"
+)
+
+var churnCycles = flag.Int("churn.cycles", 2000, "how many namespaces are enrolled and un-enrolled, one after the other")
+
+// held is what this process and its datapath hold.
+type held struct {
+	Contents map[string]int // pins and entries
+	Programs int            // of the datapath: those that use one of its maps
+	Files    int
+	heap     uint64
+}
+
+func heldNow(t *testing.T, dir string) held {
+	t.Helper()
+	runtime.GC()
+	runtime.GC() // what the first one finalised
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return held{contents(t, dir), programsOf(t, dir), len(files), m.HeapAlloc}
+}
+
+// programsOf counts the programs in the kernel that use one of a datapath's maps.
+func programsOf(t *testing.T, dir string) int {
+	t.Helper()
+	ours := map[ebpf.MapID]bool{}
+	pins, err := filepath.Glob(filepath.Join(dir, datapath.Layout, "maps", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pin := range pins {
+		m, err := ebpf.LoadPinnedMap(pin, nil)
+		if err != nil {
+			continue // the mark of the layout
+		}
+		if info, err := m.Info(); err == nil {
+			id, _ := info.ID()
+			ours[id] = true
+		}
+		m.Close()
+	}
+	n := 0
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		prog, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		if info, err := prog.Info(); err == nil {
+			used, _ := info.MapIDs()
+			for _, m := range used {
+				if ours[m] {
+					n++
+					break
+				}
+			}
+		}
+		prog.Close()
+	}
+	return n
+}
+
+func TestEnrollingAndUnenrollingWithoutEndLeavesNothing(t *testing.T) {
+	dir := filepath.Join(kit.BPFFS(t), "churn")
+	d := kit.OwnDatapath(t, datapath.Options{Dir: dir, Cgroup: kit.Cgroup(t)})
+	pod := datapath.Pod{Namespace: "shop", Name: "cart", UID: "u", Rules: rules.Default(), Inbound: datapath.InboundTC}
+	pod.Rules.ExcludeOutboundPorts = []uint16{81}
+	cycle := func(n int) {
+		t.Helper()
+		ns, err := netns.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ns.Close()
+		if err := addInterface(ns); err != nil {
+			t.Fatal(err)
+		}
+		id := datapath.AttachmentID{Network: "net", Container: "c", Interface: "eth0"}
+		if err := d.Attach(datapath.Attachment{AttachmentID: id, Cookie: ns.Cookie()}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Enroll(ns, pod); err != nil {
+			t.Fatal(err)
+		}
+		if n%2 == 1 { // its namespace ends first, as it may before a DEL
+			ns.Close()
+			ns = nil
+		}
+		released, found, err := d.Release(id, ns)
+		if err != nil || !found || !released.Unenrolled {
+			t.Fatalf("cycle %d: released %+v, %v, %v", n, released, found, err)
+		}
+	}
+	for n := range 20 { // opens what stays open
+		cycle(n)
+	}
+	before := heldNow(t, dir)
+	if before.Programs < 14 || len(before.Contents) < 30 {
+		t.Fatalf("too little is held to begin with: %+v", before)
+	}
+	began := time.Now()
+	for n := range *churnCycles {
+		cycle(n)
+	}
+	t.Logf("%d cycles within %v", *churnCycles, time.Since(began))
+	var after held
+	deadline := time.Now().Add(time.Minute) // the kernel frees programs and namespaces in its own time
+	for {
+		after = heldNow(t, dir)
+		if cmp.Equal(before, after, cmp.AllowUnexported(held{}), ignoreHeap) || time.Now().After(deadline) {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if diff := cmp.Diff(before, after, cmp.AllowUnexported(held{}), ignoreHeap); diff != "" {
+		t.Error("they leave:", diff)
+	}
+	// A byte of heap for each cycle would be 2 kB: what the runtime keeps for
+	// itself goes up and down by more. 64 bytes for each are a leak.
+	grown := int64(after.heap) - int64(before.heap)
+	t.Logf("the heap has grown by %d bytes", grown)
+	if grown > 256<<10+64*int64(*churnCycles) {
+		t.Errorf("the heap has grown by %d bytes in %d cycles", grown, *churnCycles)
+	}
+}
+
+// addInterface gives a namespace an interface for the programs of TC.
+func addInterface(ns *netns.NetNS) error {
+	h, err := ns.Netlink()
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return h.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "peer"})
+}
+
+// ignoreHeap leaves the heap out of a comparison, which is never the same twice.
+var ignoreHeap = cmp.FilterPath(func(p cmp.Path) bool { return p.Last().String() == ".heap" }, cmp.Ignore())

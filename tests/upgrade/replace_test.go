@@ -1,0 +1,74 @@
+//go:build sluice_failpoints
+
+package upgrade
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/tests/kit"
+)
+
+func TestMain(m *testing.M) {
+	kit.HoldAndExit()
+	os.Exit(inBuildDir(m))
+}
+
+func inBuildDir(m *testing.M) int {
+	var err error
+	if built.dir, err = os.MkdirTemp("", "sluice-upgrade-test-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(built.dir)
+	return kit.Run(m)
+}
+
+func TestFiftyReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
+	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "replace"), Cgroup: kit.Cgroup(t)}
+	steered, byTC := newWorld(t), newWorld(t, kit.MPTCP)
+	steered.provesDirect()
+	byTC.provesDirect()
+
+	d := kit.OwnDatapath(t, opts)
+	steered.Enroll(d)
+	byTC.Enroll(d, kit.ByTC)
+	l := startLoad(t, steered, byTC)
+	l.goOn(1000)
+	for range 50 {
+		began, before := time.Now(), l.done.Load()
+		again, err := datapath.Up(opts)
+		if err != nil {
+			t.Fatal("up again:", err)
+		}
+		if err := again.Close(); err != nil {
+			t.Error(err)
+		}
+		t.Logf("replaced within %v, %d connections meanwhile", time.Since(began), l.done.Load()-before)
+		l.goOn(300)
+	}
+	l.wantNone()
+}
+
+// The test above would see an escape: taken out of the mesh under load, a pod's
+// connections reach the apps.
+func TestTheLoadSeesAnEscape(t *testing.T) {
+	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "escape"), Cgroup: kit.Cgroup(t)}
+	w := newWorld(t)
+	w.provesDirect()
+	d := kit.OwnDatapath(t, opts)
+	w.Enroll(d)
+	l := startLoad(t, w)
+	l.goOn(100)
+	if _, err := d.Unenroll(w.Cookie(), w.NetNS); err != nil {
+		t.Fatal(err)
+	}
+	kit.Eventually(t, "an escape of each way is seen by both ends", func() bool {
+		return l.escaped.Load() > 100 && w.escaped.Load() > 100
+	})
+	l.end()
+}

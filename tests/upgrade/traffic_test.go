@@ -1,0 +1,261 @@
+//go:build sluice_failpoints
+
+package upgrade
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluice-mesh/sluice/tests/kit"
+)
+
+// Who answers a request says so, and where it believes that the client was going.
+const (
+	byProxy = 'P'
+	byApp   = 'A' // nobody was in between: outside the mesh, or escaped
+
+	requestSize = 8                        // a number of the client's choice
+	answerSize  = 1 + 16 + 2 + requestSize // who, destination, port, the number again
+)
+
+// world is a pod with a proxy, its app, and a far host, all answering requests.
+type world struct {
+	*kit.Pod
+	t       *testing.T
+	ways    []way
+	end     atomic.Bool
+	servers sync.WaitGroup
+	escaped atomic.Int64 // connections that reached an app
+}
+
+// way is one way in which a connection of the pod is captured.
+type way struct {
+	name string
+	from *kit.NS
+	id   kit.ID
+	to   netip.AddrPort
+	bind netip.Addr // the client's choice of a source, if any
+}
+
+// newWorld starts everything; inbound are options of the listener for inbound.
+func newWorld(t *testing.T, inbound ...kit.Option) *world {
+	t.Helper()
+	w := &world{Pod: kit.NewPod(t), t: t}
+	w.ways = []way{
+		{name: "outbound by the address book", from: w.NS, id: kit.App, to: at(kit.Far4, 80)},
+		{name: "outbound from a bound source", from: w.NS, id: kit.App, to: at(kit.Far4, 80), bind: kit.Pod4},
+		{name: "outbound by IPv6", from: w.NS, id: kit.App, to: at(kit.Far6, 80)},
+		{name: "inbound", from: w.Far, id: kit.Root, to: at(kit.Pod4, 8080)},
+		{name: "inbound by IPv6", from: w.Far, id: kit.Root, to: at(kit.Pod6, 8080)},
+	}
+	for _, s := range []struct {
+		in      *kit.NS
+		id      kit.ID
+		at      string
+		who     byte
+		options []kit.Option
+	}{
+		{w.NS, kit.Proxy, "0.0.0.0:15001", byProxy, nil},
+		{w.NS, kit.Proxy, "[::]:15001", byProxy, []kit.Option{kit.V6Only}},
+		{w.NS, kit.Proxy, "0.0.0.0:15006", byProxy, inbound},
+		{w.NS, kit.Proxy, "[::]:15006", byProxy, append([]kit.Option{kit.V6Only}, inbound...)},
+		{w.NS, kit.App, "0.0.0.0:8080", byApp, nil},
+		{w.NS, kit.App, "[::]:8080", byApp, []kit.Option{kit.V6Only}},
+		{w.Far, kit.Root, "0.0.0.0:80", byApp, nil},
+		{w.Far, kit.Root, "[::]:80", byApp, []kit.Option{kit.V6Only}},
+	} {
+		listener := s.in.Listen(s.id, s.at, s.options...)
+		s.in.Hold(s.id, listener) // enrolment looks for it in the namespace's processes
+		w.serve(listener.FD, s.who)
+	}
+	t.Cleanup(func() {
+		w.end.Store(true)
+		w.servers.Wait()
+	})
+	return w
+}
+
+func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
+
+// serve answers on a listener until the world ends.
+func (w *world) serve(listener int, who byte) {
+	shortWait(listener) // so that accept looks up from time to time
+	for range 4 {
+		w.servers.Go(func() {
+			for !w.end.Load() {
+				fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+				if err != nil {
+					continue
+				}
+				if who == byApp {
+					w.escaped.Add(1)
+				}
+				w.servers.Go(func() {
+					defer unix.Close(fd)
+					shortWait(fd)
+					for w.answer(fd, who) {
+					}
+				})
+			}
+		})
+	}
+}
+
+// answer answers one request; false: there is no more to come.
+func (w *world) answer(fd int, who byte) bool {
+	var request [requestSize]byte
+	for read := 0; read < requestSize; {
+		n, err := unix.Read(fd, request[read:])
+		if (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR)) && !w.end.Load() {
+			continue
+		}
+		if err != nil || n == 0 {
+			return false
+		}
+		read += n
+	}
+	answer := make([]byte, 0, answerSize)
+	answer = append(answer, who)
+	dst := originalDst(fd)
+	address := dst.Addr().As16()
+	answer = append(answer, address[:]...)
+	answer = binary.BigEndian.AppendUint16(answer, dst.Port())
+	answer = append(answer, request[:]...)
+	n, err := unix.SendmsgN(fd, answer, nil, nil, unix.MSG_NOSIGNAL)
+	return err == nil && n == answerSize
+}
+
+// originalDst is what a proxy is told; nothing where it is told nothing.
+func originalDst(fd int) netip.AddrPort {
+	s := kit.Sock{FD: fd}
+	for _, level := range []int{unix.SOL_IP, unix.SOL_IPV6} {
+		if dst, err := s.OrigDst(level); err == nil {
+			return dst
+		}
+	}
+	return netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
+}
+
+func shortWait(fd int) {
+	tv := unix.NsecToTimeval((100 * time.Millisecond).Nanoseconds())
+	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
+}
+
+// errEscaped is returned where an app answered.
+var errEscaped = errors.New("nobody was in between")
+
+// connect makes a connection. Call it in the client's namespace as the client.
+func (w way) connect() (fd int, err error) {
+	family := unix.AF_INET
+	if w.to.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("socket: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	tv := unix.NsecToTimeval((8 * kit.Patience).Nanoseconds())
+	err = errors.Join(
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv),
+		// Closed by a RST, it leaves no TIME_WAIT, of which there would be many.
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}),
+	)
+	if err == nil && w.bind.IsValid() {
+		// As glibc's and Go's users do who want no port to be reserved.
+		err = errors.Join(
+			unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1),
+			unix.Bind(fd, &unix.SockaddrInet4{Addr: w.bind.As4()}))
+	}
+	if err != nil {
+		return -1, fmt.Errorf("set the socket up: %w", err)
+	}
+	s := kit.Sock{FD: fd}
+	if err := s.Connect(w.to); err != nil {
+		return -1, fmt.Errorf("connect: %w", err)
+	}
+	return fd, nil
+}
+
+// ask sends a request and judges the answer: errEscaped if the wrong one answered.
+func (w way) ask(fd int, number uint64) error {
+	request := binary.BigEndian.AppendUint64(nil, number)
+	if _, err := unix.SendmsgN(fd, request, nil, nil, unix.MSG_NOSIGNAL); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	var answer [answerSize]byte
+	for read := 0; read < answerSize; {
+		n, err := unix.Read(fd, answer[read:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || n == 0 {
+			return fmt.Errorf("read after %d bytes: %w", read, errors.Join(err, errors.New("the connection is at its end")))
+		}
+		read += n
+	}
+	if got := binary.BigEndian.Uint64(answer[answerSize-requestSize:]); got != number {
+		return fmt.Errorf("the answer is to request %d, not %d", got, number)
+	}
+	if answer[0] == byApp {
+		return errEscaped
+	}
+	dst := netip.AddrPortFrom(netip.AddrFrom16([16]byte(answer[1:17])).Unmap(), binary.BigEndian.Uint16(answer[17:19]))
+	if dst != w.to {
+		return fmt.Errorf("the proxy was told %s, and %s was called", dst, w.to)
+	}
+	return nil
+}
+
+// once makes one connection and asks once.
+func (w way) once(number uint64) error {
+	fd, err := w.connect()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return w.ask(fd, number)
+}
+
+// each runs a check of every way, as its client.
+func (w *world) each(check func(way) error) {
+	w.t.Helper()
+	for _, way := range w.ways {
+		if err := way.from.As(way.id, func() error { return check(way) }); err != nil {
+			w.t.Errorf("%s: %v", way.name, err)
+		}
+	}
+}
+
+// provesDirect wants every way to lead to an app: there is no Sluice, and the
+// test would see an escape.
+func (w *world) provesDirect() {
+	w.t.Helper()
+	before := w.escaped.Load()
+	w.each(func(way way) error {
+		if err := way.once(1); !errors.Is(err, errEscaped) {
+			return fmt.Errorf("without Sluice the app answers: %w", errors.Join(err, errors.New("it did not")))
+		}
+		return nil
+	})
+	if got := w.escaped.Load() - before; got != int64(len(w.ways)) {
+		w.t.Errorf("the apps have seen %d connections, not %d", got, len(w.ways))
+	}
+	w.escaped.Store(0)
+	if w.t.Failed() {
+		w.t.FailNow()
+	}
+}
