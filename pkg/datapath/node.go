@@ -55,7 +55,7 @@ func isUDP(hook string) bool { return slices.Contains(udpHooks, hook) }
 func Up(opts Options) (*Datapath, error) {
 	opts.complete()
 	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}}
-	features, err := Probe()
+	features, err := opts.probe()
 	if err != nil {
 		return nil, err
 	}

@@ -43,7 +43,19 @@ type Options struct {
 	// Targets is the size of the address books together; TargetShare is how
 	// many destinations one pod's may hold.
 	Targets, TargetShare uint32
-	Log                  logrus.FieldLogger
+	// Limit, if there is one, takes away some of what the kernel has been found to
+	// have: tests run what older kernels run.
+	Limit func(*Features)
+	Log   logrus.FieldLogger
+}
+
+// probe is Probe, limited.
+func (o *Options) probe() (Features, error) {
+	f, err := Probe()
+	if err == nil && o.Limit != nil {
+		o.Limit(&f)
+	}
+	return f, err
 }
 
 // One pod may hold a quarter of handshakes, which a pod with a full backlog
@@ -138,6 +150,9 @@ func Open(opts Options) (*Datapath, error) {
 	opts.complete()
 	d := &Datapath{opts: opts, maps: map[string]*ebpf.Map{}, probed: sync.OnceValue(func() Features {
 		f, _ := examine()
+		if opts.Limit != nil {
+			opts.Limit(&f)
+		}
 		return f
 	})}
 	if _, err := os.Stat(d.mapsDir()); errors.Is(err, os.ErrNotExist) {

@@ -37,10 +37,8 @@ func TestAHostilePodTakesNothingAndConfusesNobody(t *testing.T) {
 			s := &stress{t: t, p: p, reached: map[string]int{}, until: time.Now().Add(1500 * time.Millisecond)}
 			s.run(seed)
 			t.Log(s.reached)
-			for _, who := range []string{"inbound", "outbound", "uncaptured"} {
-				if s.reached[who] < 20 {
-					t.Errorf("only %d %s connections reached the proxy: the test shows little", s.reached[who], who)
-				}
+			if !s.shown() {
+				t.Errorf("only %v connections reached the proxy: the test shows little", s.reached)
 			}
 			untouched(t, app)
 			untouched(t, server)
@@ -61,13 +59,27 @@ type stress struct {
 	reached map[string]int // the proxy, by kind of dial
 }
 
+// goesOn: a busy machine takes longer to show as much.
+func (s *stress) goesOn() bool {
+	now := time.Now()
+	return now.Before(s.until) || now.Before(s.until.Add(kit.Patience)) && !s.shown()
+}
+
+// shown: enough has reached the proxy to say something.
+func (s *stress) shown() bool {
+	const enough = 20
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return min(s.reached["inbound"], s.reached["outbound"], s.reached["uncaptured"]) >= enough
+}
+
 func (s *stress) run(seed uint64) {
 	var wg sync.WaitGroup
 	start := func(part func(*rand.Rand)) {
 		seed++
 		random := rand.New(rand.NewPCG(seed, 0))
 		wg.Go(func() {
-			for time.Now().Before(s.until) {
+			for s.goesOn() {
 				part(random)
 			}
 		})

@@ -265,9 +265,10 @@ func (c *client) proceed(end bool) {
 }
 
 // later is what an error is called that comes while an answer is waited for. That
-// nobody answers ARP is said after about as long as a probe waits that may vanish.
+// nobody answers ARP is said after about as long as a probe waits that may vanish,
+// and routers say that there is no route only so many times a second.
 func (c *client) later(errno string) string {
-	if c.MayVanish && errno == "EHOSTUNREACH" {
+	if c.MayVanish && (errno == "EHOSTUNREACH" || errno == "ENETUNREACH") {
 		return "timed out"
 	}
 	return errno

@@ -212,9 +212,12 @@ func tproxyHBONE(x *comparison) {
 }
 
 // tproxyUnmarked: a call for a client without the mark, or of a loopback address,
-// gets no answer by Istio's marks. Sluice marks it itself.
+// gets no answer by Istio's marks, nor for a client behind an excluded interface or
+// with lo excluded: the answer passes by the line that restores the mark. Sluice marks
+// it itself.
 func tproxyUnmarked(x *comparison) {
-	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() {
+	passed := slices.ContainsFunc(x.Rules.ExcludeInterfaces, func(name string) bool { return name == "eth0" || name == "lo" })
+	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() && !passed {
 		return
 	}
 	x.reachesApp(x.Source.String() + " p")
@@ -256,6 +259,9 @@ func (x *comparison) reachesApp(source string) {
 	p := x.probe
 	p.MayVanish = false
 	results, by := plainly(x.Families, p, x.To)
+	if strings.HasPrefix(by, "proxy:") && !slices.Contains([]uint16{x.Rules.OutboundPort, x.Rules.InboundPort, x.Rules.DNSPort}, x.To.Port()) {
+		results, by = []string{"ECONNREFUSED"}, "" // it listens elsewhere
+	}
 	x.want = outcome{Result: results[0]}
 	if by != "" {
 		x.want = outcome{Result: results[0], Name: source, Peer: x.To.String(), By: by, ByName: x.To.String(), ByPeer: source, OrigDst: x.To.String()}
@@ -291,7 +297,7 @@ func (x *comparison) toLoopback() bool {
 // they went.
 func tproxySelfName(x *comparison) {
 	if x.byTProxy() && x.From == inPod && x.want.By == "proxy:in" && x.captured() {
-		x.want.ByName = x.To.String()
+		x.want.ByName = x.want.OrigDst // where 0.0.0.0 was called: 127.0.0.1
 	}
 }
 

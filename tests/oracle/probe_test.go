@@ -338,7 +338,7 @@ func vanishing() (out []probe) {
 		for _, to := range hole {
 			add(probe{ID: id, To: netip.AddrPortFrom(to, plainPort)})
 		}
-		for _, to := range concat(far[:1], far[2:3], other) {
+		for _, to := range concat(own[:1], own[3:4], lo[:1], lo[3:4], far[:1], far[2:3], other) {
 			add(probe{ID: id, To: netip.AddrPortFrom(to, plainPort), Device: "eth0"})
 		}
 		add(probe{ID: id, To: netip.AddrPortFrom(far[2], plainPort), Source: netip.MustParseAddr("::6")})

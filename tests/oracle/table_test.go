@@ -284,7 +284,7 @@ func plainly(f families, p probe, to netip.AddrPort) (results []string, by strin
 		return []string{"ENETUNREACH", "EADDRNOTAVAIL", "EHOSTUNREACH"}, ""
 	case p.Source.IsValid() && p.Source.IsLoopback() && a.Is4() && !local:
 		return []string{"EINVAL"}, ""
-	case slices.Contains(hole, a), p.MayVanish && p.Source.IsValid(), p.Device != "" && slices.Contains(other, a):
+	case slices.Contains(hole, a), p.MayVanish && p.Source.IsValid(), p.Device != "" && (loopback || slices.Contains(other, a)):
 		return []string{"timed out", "EHOSTUNREACH", "ENETUNREACH"}, ""
 	case port == nobodyPort:
 		return []string{"ECONNREFUSED"}, ""
