@@ -52,7 +52,7 @@ func TestADelayMustBeNoticedInEveryBandItIsIn(t *testing.T) {
 			delayed = append(delayed, b)
 		}
 	}
-	if err := noticed(delayed); err != nil || len(delayed) < 4 {
+	if err := noticed(delayed); err != nil || len(delayed) < 5 {
 		t.Errorf("all of %d left: %v", len(delayed), err)
 	}
 	for i := range delayed {

@@ -78,7 +78,7 @@ func TestAThousandInjectedPodsFitInTheDaemonsMemory(t *testing.T) {
 	} else {
 		t.Logf("a pod has %d bytes", each)
 	}
-	d := n.start().awaitReady() // looks for each to repair it, and says an Event
+	d := n.start().awaitReady()                           // looks for each to repair it, and says an Event
 	kit.Eventually(t, "the pods are known", func() bool { // until then a runtime tries again
 		_, err := n.add(p, "cart-7", "0a1b2c3d-0000-4000-8000-000000000007", nil)
 		return err == nil

@@ -178,6 +178,7 @@ func echo(from, to *kit.Sock) error {
 	}
 	return err
 }
+
 // inCgroup has a process live in the pod's namespace, in a cgroup of this name.
 func inCgroup(t *testing.T, p *kit.Pod, name string, change ...func(*exec.Cmd)) {
 	t.Helper()
