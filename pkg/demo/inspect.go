@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -92,6 +93,9 @@ func (n *node) holdings(ctx context.Context) (holdings, error) {
 		return h, err
 	}
 	for _, pin := range pins {
+		if info, err := os.Stat(pin); err == nil && info.IsDir() {
+			continue // says which shape the maps have
+		}
 		var m struct{ ID int }
 		if err := n.bpftool(ctx, &m, "map", "show", "pinned", pin); err != nil {
 			return h, err

@@ -20,7 +20,7 @@ func TestThePluginCanNeitherRunProgramsNorAskTheAPIServer(t *testing.T) {
 	}
 	ours := false
 	for _, s := range symbols {
-		ours = ours || s.Name == "github.com/sluice-mesh/sluice/pkg/cni.Funcs"
+		ours = ours || strings.HasPrefix(s.Name, "github.com/sluice-mesh/sluice/pkg/cni.")
 		for _, never := range []string{"os.StartProcess", "os/exec.", "syscall.forkExec", "syscall.Exec", "net/http.", "k8s.io/"} {
 			if strings.HasPrefix(s.Name, never) {
 				t.Errorf("the plugin has %s", s.Name)
