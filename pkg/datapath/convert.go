@@ -75,6 +75,7 @@ func (d *Datapath) readable(name string) (*ebpf.Map, error) {
 	if err != nil {
 		return nil, errors.Join(err, there.Close())
 	}
+	specs[name].MaxEntries = there.MaxEntries()
 	if ok, err := usable(there, specs[name]); err != nil || ok {
 		return there, err
 	}

@@ -151,7 +151,7 @@ func usable(m *ebpf.Map, spec *ebpf.MapSpec) (bool, error) {
 		}
 		return true, unmoved(m, spec)
 	}
-	if !same || m.MaxEntries() != spec.MaxEntries {
+	if !same {
 		return false, nil
 	}
 	ours, err := shapeOf(spec)

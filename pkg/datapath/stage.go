@@ -78,6 +78,7 @@ func (d *Datapath) adoptMaps() (staged bool, err error) {
 			return false, fmt.Errorf("open %s: %w", name, err)
 		}
 		d.maps[name] = there
+		spec.MaxEntries = there.MaxEntries() // chosen at the first start
 		ok, err := usable(there, spec)
 		if err != nil {
 			return false, fmt.Errorf("%w; \"sluicectl down\" removes them, and takes every pod out of the mesh", err)

@@ -323,6 +323,47 @@ func TestDownRemovesEveryProgramLinkAndMap(t *testing.T) {
 	}
 }
 
+func TestDownGivesEveryPodsNamespaceBackAsItWas(t *testing.T) {
+	d, opts := ownDatapath(t)
+	before := map[*kit.Pod][]string{}
+	for range 3 {
+		p := kit.NewPod(t)
+		p.Hold(kit.App) // down finds a namespace by who lives in it
+		before[p] = addressesOf(t, p)
+		if _, err := d.Enroll(p.NetNS, datapath.Pod{Rules: rules.Default()}); err != nil {
+			t.Fatal(err)
+		}
+		if cmp.Equal(before[p], addressesOf(t, p)) {
+			t.Fatal("enrolment has not added ::6")
+		}
+	}
+	if pods, err := datapath.Down(opts.Dir); err != nil || pods != len(before) {
+		t.Errorf("down: %d pods, %v", pods, err)
+	}
+	for p, addresses := range before {
+		if diff := cmp.Diff(addresses, addressesOf(t, p)); diff != "" {
+			t.Error("down leaves:", diff)
+		}
+	}
+}
+
+func TestUpWithAnotherNumberOfPodsKeepsTheTables(t *testing.T) {
+	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "sized"), Cgroup: kit.Cgroup(t), MaxPods: 64}
+	kit.OwnDatapath(t, opts)
+	before := stateOf(t, opts.Dir)
+	for _, pods := range []uint32{0, 32, 128} {
+		opts.MaxPods = pods
+		d, err := datapath.Up(opts)
+		if err != nil {
+			t.Fatalf("up for %d pods: %v", pods, err)
+		}
+		d.Close()
+		if diff := cmp.Diff(before.Maps, stateOf(t, opts.Dir).Maps); diff != "" {
+			t.Errorf("up for %d pods has other tables: %s", pods, diff)
+		}
+	}
+}
+
 func isThere(found bool, err error) error {
 	if err == nil && !found {
 		return os.ErrNotExist
