@@ -34,8 +34,8 @@ type Options struct {
 	// SockoptCgroup carries the getsockopt program, which costs every
 	// getsockopt of every process below it. Empty: Cgroup.
 	SockoptCgroup string
-	// MaxPods is how many pods the tables hold. Up makes those anew that user
-	// space writes; what programs write keeps its size until Down.
+	// MaxPods is how many pods the tables hold. Tables that are pinned already
+	// keep the size that they have, until Down.
 	MaxPods uint32
 	// Handshakes is the size of the map of that name; HandshakeShare is how
 	// many of them one pod may hold.
