@@ -3,6 +3,7 @@
 package upgrade
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
+
+var replacements = flag.Int("replace.times", 50, "how often the programs are replaced under load")
 
 func TestMain(m *testing.M) {
 	kit.HoldAndExit()
@@ -28,7 +31,7 @@ func inBuildDir(m *testing.M) int {
 	return kit.Run(m)
 }
 
-func TestFiftyReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
+func TestReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
 	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "replace"), Cgroup: kit.Cgroup(t)}
 	steered, byTC := newWorld(t), newWorld(t, kit.MPTCP)
 	steered.provesDirect()
@@ -39,7 +42,7 @@ func TestFiftyReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
 	byTC.Enroll(d, kit.ByTC)
 	l := startLoad(t, steered, byTC)
 	l.goOn(1000)
-	for range 50 {
+	for range *replacements {
 		began, before := time.Now(), l.done.Load()
 		again, err := datapath.Up(opts)
 		if err != nil {

@@ -85,15 +85,22 @@ func newWorld(t *testing.T, inbound ...kit.Option) *world {
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
 
-// serve answers on a listener until the world ends.
+// serve answers on a listener until the world ends. It polls, for accept on an
+// MPTCP listener heeds no SO_RCVTIMEO.
 func (w *world) serve(listener int, who byte) {
-	shortWait(listener) // so that accept looks up from time to time
+	if err := unix.SetNonblock(listener, true); err != nil {
+		w.t.Fatal(err)
+	}
 	for range 4 {
 		w.servers.Go(func() {
 			for !w.end.Load() {
+				waiting := []unix.PollFd{{Fd: int32(listener), Events: unix.POLLIN}}
+				if n, err := unix.Poll(waiting, shortTime); n == 0 || err != nil {
+					continue
+				}
 				fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 				if err != nil {
-					continue
+					continue // another was faster
 				}
 				if who == byApp {
 					w.escaped.Add(1)
@@ -144,8 +151,11 @@ func originalDst(fd int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
 }
 
+// shortTime, in milliseconds, is after what time a server looks for the world's end.
+const shortTime = 100
+
 func shortWait(fd int) {
-	tv := unix.NsecToTimeval((100 * time.Millisecond).Nanoseconds())
+	tv := unix.NsecToTimeval((shortTime * time.Millisecond).Nanoseconds())
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
 }
 
