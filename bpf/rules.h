@@ -149,8 +149,10 @@ struct call {
 	struct addr dst;
 	__u16 port;
 	__u8 protocol;
+	__u8 pad;
 	__u32 ifindex; /* SO_BINDTODEVICE; 0: none */
 	__u32 mark; /* SO_MARK */
+	__u32 tail; /* no byte may be left unset: decide_out is handed all of them */
 };
 
 /* From 127.0.0.6 or ::6? Who calls ::6 itself gets it as the source. */
@@ -272,10 +274,7 @@ static __always_inline bool is_self_call(const struct call *c, __u32 proxy, bool
 	return c->port != PORT_HBONE && proxy & (dns ? ID_SELF_DNS : ID_SELF);
 }
 
-/* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
- * with POD_DNS.
- */
-static __always_inline enum reason decide_out(const struct pod *pod, const struct call *c)
+static __always_inline enum reason decide(const struct pod *pod, const struct call *c)
 {
 	enum own_kind own = own_kind(&own_addrs, c->cookie, &c->dst);
 	enum route_kind route = route_kind(pod, c->cookie, &c->dst);
@@ -329,6 +328,20 @@ static __always_inline enum reason decide_out(const struct pod *pod, const struc
 	    !(pod->flags & POD_OUT_DEFAULT_CAPTURE))
 		return DIRECT_CIDR;
 	return goes_without(pod, c->cookie) ? DIRECT_NOT_READY : CAPTURED_OUT; /* O13, O14 */
+}
+
+/* Outbound: what becomes of a TCP connect(), or of a datagram to port 53 of a pod
+ * with POD_DNS.
+ *
+ * A global function: the verifier looks at it once, by itself, and at its callers with
+ * any result. Inlined it is walked through again on each way that leads to it, which
+ * took connect6 to the limit of what it walks.
+ */
+__noinline enum reason decide_out(const struct pod *pod, const struct call *c)
+{
+	if (!pod || !c)
+		return REFUSED_NO_POD; /* cannot be, and a global function has to ask */
+	return decide(pod, c);
 }
 
 static __always_inline bool is_captured(enum reason reason)
