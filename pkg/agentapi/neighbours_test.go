@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/sluice-mesh/sluice/pkg/rules"
@@ -18,9 +19,9 @@ import (
 // A daemon answers a plugin of the next version, which says more than it knows,
 // and refuses one further away with a sentence.
 func TestADaemonUnderstandsAPluginOfTheNextVersion(t *testing.T) {
-	asked := 0
+	var asked atomic.Int32
 	socket := serve(t, func(_ context.Context, r Request, _ *os.File) Answer {
-		asked++
+		asked.Add(1)
 		if r.Verb != Status {
 			t.Errorf("the daemon was asked to %s", r.Verb)
 		}
@@ -30,9 +31,9 @@ func TestADaemonUnderstandsAPluginOfTheNextVersion(t *testing.T) {
 		version  int
 		answered bool
 	}{{Version, true}, {Version + 1, true}, {Version + 2, false}, {0, false}} {
-		before := asked
+		before := asked.Load()
 		answer := sayTo(t, socket, fmt.Sprintf(`{"version":%d,"verb":"status","ofTheNextVersion":{"a":[1]},"pod":{"alsoNew":true}}`, tt.version))
-		if got := answer.Error == nil && asked == before+1; got != tt.answered {
+		if got := answer.Error == nil && asked.Load() == before+1; got != tt.answered {
 			t.Errorf("version %d: answered %v (%+v), want %v", tt.version, got, answer, tt.answered)
 		}
 		if !tt.answered && !strings.Contains(answer.Error.Message, fmt.Sprint("version ", tt.version)) {

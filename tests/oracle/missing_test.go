@@ -38,7 +38,7 @@ var ruleTable = []struct {
 	{"T1", byTProxy(func(*rules.Rules) {}), statement("bpf/rules.h")},
 	{"T2", byTProxy(func(*rules.Rules) {}), text("pkg/netns/wayback.go", `{WayBackAcceptMark, "/proc/sys/net/ipv4/tcp_fwmark_accept"},`, "")},
 	{"T3", byTProxy(func(*rules.Rules) {}), text("bpf/rules.h", "return pod->flags & POD_TPROXY && proxy && captured_in(pod, c->port);", "return false;")},
-	{"T4", byTProxy(func(*rules.Rules) {}), text("bpf/inbound.c", "	if (over_loopback(ctx, pod, this->cookie, &remote))\n", "	if (0)\n")},
+	{"T4", byTProxy(func(*rules.Rules) {}), text("bpf/inbound.c", "	if (over_loopback(ctx, pod, this->cookie, &remote))\n", "	if (over_loopback(ctx, pod, this->cookie, &remote) && 0)\n")},
 	{"P0", reroutes(func(*rules.Rules) {}),
 		text("bpf/rules.h", "return pod->flags & POD_OUT_DEFAULT_CAPTURE || cidr_value(pod, dst) & RULE_REROUTE;", "return false;")},
 	{"P0 RETURN", reroutes(func(r *rules.Rules) { r.IncludeOutboundCIDRs = rules.CIDRs{} }),

@@ -113,9 +113,11 @@ func TestEnrollingAndUnenrollingWithoutEndLeavesNothing(t *testing.T) {
 			t.Fatalf("cycle %d: released %+v, %v, %v", n, released, found, err)
 		}
 	}
+	idle := programsOf(t, dir)
 	for n := range 20 { // opens what stays open
 		cycle(n)
 	}
+	kit.Eventually(t, "the kernel frees the first pods' programs", func() bool { return programsOf(t, dir) == idle })
 	before := heldNow(t, dir)
 	if before.Programs < 14 || len(before.Contents) < 30 {
 		t.Fatalf("too little is held to begin with: %+v", before)
