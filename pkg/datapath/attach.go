@@ -175,6 +175,9 @@ func (d *Datapath) detachExcept(dir string, wanted map[string]bool, flags connec
 	}
 	var errs error
 	for _, e := range entries {
+		if wanted == nil && (e.Name() == progInbound || e.Name() == progLife) {
+			continue
+		}
 		isLink := e.Name() == progInbound || flags&connectPodFlagsPOD_TCX != 0
 		if !wanted[e.Name()] || !isLink {
 			pin := filepath.Join(dir, e.Name())
@@ -200,11 +203,29 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 	dir := d.podDir(cookie)
 	// Removing a pin detaches later, from a worker: until then the pod, which is
 	// not in the map any more, would be refused everything.
-	err := errors.Join(detachNow(filepath.Join(dir, progInbound)), detachNow(filepath.Join(dir, progLife)))
+	// Their pins stay until the entry is gone (endLife): killed in between, they say
+	// that the pod was being let go.
+	err := errors.Join(cut(filepath.Join(dir, progInbound)), cut(filepath.Join(dir, progLife)))
 	failpoint.Step("detach: inbound")
 	err = errors.Join(err, d.detachExcept(dir, nil, 0, ns))
 	failpoint.Step("detach: interfaces")
 	return err
+}
+
+// cut detaches a link and leaves its pin.
+func cut(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open %s: %w", pin, err)
+	}
+	defer l.Close()
+	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detach %s: %w", pin, err)
+	}
+	return nil
 }
 
 // detachNow removes the pin before it detaches: a link that is pinned and attached

@@ -164,9 +164,6 @@ func (d *Datapath) Namespace(cookie uint64) (ns *netns.NetNS, found bool, err er
 
 // find is Namespace for who lets a pod go; nil if there is none.
 func (d *Datapath) find(cookie uint64) *netns.NetNS {
-	if now, _ := d.lifeOf(cookie); now == lifeOver {
-		return nil // spare us a look at every process of the machine
-	}
 	ns, found, err := d.Namespace(cookie)
 	if err != nil || !found {
 		return nil
