@@ -213,25 +213,23 @@ func (d *Datapath) detachPod(cookie uint64, ns *netns.NetNS) error {
 }
 
 // cut detaches a link and leaves its pin.
-func cut(pin string) error {
-	l, err := link.LoadPinnedLink(pin, nil)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("open %s: %w", pin, err)
-	}
-	defer l.Close()
-	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
-		return fmt.Errorf("detach %s: %w", pin, err)
-	}
-	return nil
-}
+func cut(pin string) error { return detachAfter(pin, func(link.Link) error { return nil }) }
 
 // detachNow removes the pin before it detaches: a link that is pinned and attached
 // to nothing is, for who finds it, one whose namespace is gone. Killed in between,
 // we take the link along.
 func detachNow(pin string) error {
+	return detachAfter(pin, func(l link.Link) error {
+		if err := l.Unpin(); err != nil {
+			return fmt.Errorf("unpin %s: %w", pin, err)
+		}
+		failpoint.Step("unenroll: link unpinned")
+		return nil
+	})
+}
+
+// detachAfter detaches a pinned link, if there is one, once first is done.
+func detachAfter(pin string, first func(link.Link) error) error {
 	l, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -240,10 +238,9 @@ func detachNow(pin string) error {
 		return fmt.Errorf("open %s: %w", pin, err)
 	}
 	defer l.Close()
-	if err := l.Unpin(); err != nil {
-		return fmt.Errorf("unpin %s: %w", pin, err)
+	if err := first(l); err != nil {
+		return err
 	}
-	failpoint.Step("unenroll: link unpinned")
 	if err := l.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
 		return fmt.Errorf("detach %s: %w", pin, err)
 	}
