@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
@@ -141,6 +142,27 @@ func (r *reconciler) sweep() error {
 	}
 	if err := errors.Join(err, strayErr); err != nil {
 		return fmt.Errorf("sweep: %w", err)
+	}
+	return r.sweepAgain()
+}
+
+// sweepAgain has the sweep come back soon while a pod is enrolled that the API
+// server does not know any more: it stays for as long as its namespace lives, but
+// nothing tells when that ends, where no DEL names it.
+func (r *reconciler) sweepAgain() error {
+	if !r.cluster.pods.HasSynced() {
+		return nil
+	}
+	all, err := r.readPods()
+	if err != nil {
+		return err
+	}
+	for _, pods := range all {
+		e := pods[0]
+		if r.cluster.find(agentapi.Pod{Namespace: e.Namespace, Name: e.Name, UID: e.UID}) == nil {
+			r.queue.AddAfter(taskSweep, settleTime)
+			return nil
+		}
 	}
 	return nil
 }

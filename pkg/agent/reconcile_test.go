@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -249,4 +250,40 @@ func TestStrayAttachmentsGoTheSecondTime(t *testing.T) {
 	w.events.close()
 	w.queue.ShutDown()
 	w.repairs.ShutDown()
+}
+
+// laterQueue notes what is put off.
+type laterQueue struct {
+	taskQueue
+	later []task
+}
+
+func (q *laterQueue) AddAfter(t task, after time.Duration) { q.later = append(q.later, t) }
+
+func TestTheSweepComesBackWhileAnEnrolledPodIsUnknownToTheAPIServer(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		uid   string // of the pod that is enrolled
+		again bool
+	}{
+		{"known", "u1", false},
+		{"deleted", "u2", true}, // the pod of that name is another
+		{"not a pod of Kubernetes", "", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t, fake.NewClientset(sidecar("u1"))).start()
+			w.eventually("the pod is known", func() bool { return w.cluster.get("shop/cart") != nil })
+			w.eventually("the tasks are done", func() bool { return w.queue.Len() == 0 })
+			w.fake.enroll(7, tt.uid, rulesOf(t, sidecar("u1")), false)
+			r := &reconciler{node: w.fake, cluster: w.cluster, metrics: w.metrics}
+			later := &laterQueue{taskQueue: w.queue}
+			r.queue = later
+			if err := r.sweep(); err != nil {
+				t.Fatal(err)
+			}
+			if got := slices.Contains(later.later, taskSweep); got != tt.again {
+				t.Errorf("the sweep comes back: %v", got)
+			}
+		})
+	}
 }

@@ -70,7 +70,7 @@ func TestAHundredPodsAtOnce(t *testing.T) {
 	needSluice(t)
 	eventually(t, "no pod of another test is enrolled", func() error {
 		if left := infos(t); len(left) > 0 {
-			return fmt.Errorf("%d are", len(left))
+			return fmt.Errorf("%+v", left)
 		}
 		return nil
 	})
