@@ -55,9 +55,9 @@ func (n *NS) StartTProxy(options ...TProxyOption) (stop func()) {
 	return n.startBounded([]string{tproxyEnv + "=" + words}, "/proc/self/exe")
 }
 
-// haproxyTransparent is the same in HAProxy's words. It cannot set a mark on its
+// HAProxyTransparent is the same in HAProxy's words. It cannot set a mark on its
 // calls of the app (it can from version 3.0 on).
-const haproxyTransparent = `global
+const HAProxyTransparent = `global
   maxconn 2000
   nbthread 1
 defaults
@@ -79,15 +79,16 @@ backend app6
   source ipv6@[::] usesrc clientip
 `
 
-// StartHAProxy is StartTProxy with HAProxy.
-func (n *NS) StartHAProxy() (stop func()) {
+// StartHAProxy is StartTProxy with HAProxy, which listens on 15006 as its
+// configuration says.
+func (n *NS) StartHAProxy(text string) (stop func()) {
 	n.t.Helper()
 	binary, err := exec.LookPath("haproxy")
 	if err != nil {
 		n.t.Fatal("HAProxy is not installed: install the package haproxy")
 	}
 	config := filepath.Join(n.t.TempDir(), "haproxy.cfg")
-	if err := os.WriteFile(config, []byte(haproxyTransparent), 0o644); err != nil {
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		n.t.Fatal(err)
 	}
 	return n.startBounded(nil, binary, "-db", "-f", config)

@@ -38,7 +38,7 @@ func TestByTPROXYTheAppSeesTheClientAndAnswersThroughTheProxy(t *testing.T) {
 }
 
 func TestHAProxyByTPROXY(t *testing.T) {
-	appSeesTheClient(t, func(p *kit.Pod) func() { return p.StartHAProxy() })
+	appSeesTheClient(t, func(p *kit.Pod) func() { return p.StartHAProxy(kit.HAProxyTransparent) })
 }
 
 // appSeesTheClient goes through a pod's life with a proxy that start starts.

@@ -126,3 +126,14 @@ func TestADaemonThatIsKilledAtAnyStepOfItsStartLetsNothingEscape(t *testing.T) {
 	n.want(n.enrolled)
 	l.wantNone()
 }
+
+func TestDaemonsThatReplaceEachOtherUnderLoadLetNothingEscape(t *testing.T) {
+	n := newDaemons(t, "daemons-in-turn")
+	l := startLoad(t, n.world)
+	for range 10 {
+		n.start(0) // brings the programs up anew, and is killed
+		l.goOn(300)
+	}
+	n.want(n.enrolled)
+	l.wantNone()
+}

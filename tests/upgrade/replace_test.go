@@ -32,8 +32,16 @@ func inBuildDir(m *testing.M) int {
 }
 
 func TestReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
+	replaceUnderLoad(t, newWorld(t), newWorld(t, kit.MPTCP))
+}
+
+func TestReplacementsUnderLoadThroughHAProxyFailNothingAndNothingEscapes(t *testing.T) {
+	replaceUnderLoad(t, newHAProxyWorld(t), newHAProxyWorld(t))
+}
+
+func replaceUnderLoad(t *testing.T, steered, byTC *world) {
+	t.Helper()
 	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "replace"), Cgroup: kit.Cgroup(t)}
-	steered, byTC := newWorld(t), newWorld(t, kit.MPTCP)
 	steered.provesDirect()
 	byTC.provesDirect()
 
@@ -60,8 +68,13 @@ func TestReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
 // The test above would see an escape: taken out of the mesh under load, a pod's
 // connections reach the apps.
 func TestTheLoadSeesAnEscape(t *testing.T) {
+	t.Run("proxy of the test", func(t *testing.T) { escapeUnderLoad(t, newWorld(t)) })
+	t.Run("HAProxy", func(t *testing.T) { escapeUnderLoad(t, newHAProxyWorld(t)) })
+}
+
+func escapeUnderLoad(t *testing.T, w *world) {
+	t.Helper()
 	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "escape"), Cgroup: kit.Cgroup(t)}
-	w := newWorld(t)
 	w.provesDirect()
 	d := kit.OwnDatapath(t, opts)
 	w.Enroll(d)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -21,6 +22,7 @@ import (
 const (
 	byProxy = 'P'
 	byApp   = 'A' // nobody was in between: outside the mesh, or escaped
+	byWhom  = 'H' // of a server: a PROXY header says that a proxy was in between, and what it was told
 
 	requestSize = 8                        // a number of the client's choice
 	answerSize  = 1 + 16 + 2 + requestSize // who, destination, port, the number again
@@ -45,42 +47,99 @@ type way struct {
 	bind netip.Addr // the client's choice of a source, if any
 }
 
-// newWorld starts everything; inbound are options of the listener for inbound.
+// server is one that answers in a world.
+type server struct {
+	in      *kit.NS
+	id      kit.ID
+	at      string
+	who     byte
+	options []kit.Option
+}
+
+// newWorld has a proxy that answers by itself; inbound are options of its listener
+// for inbound.
 func newWorld(t *testing.T, inbound ...kit.Option) *world {
+	t.Helper()
+	w := emptyWorld(t)
+	w.start(append(w.apps(byApp),
+		server{w.NS, kit.Proxy, "0.0.0.0:15001", byProxy, nil},
+		server{w.NS, kit.Proxy, "[::]:15001", byProxy, []kit.Option{kit.V6Only}},
+		server{w.NS, kit.Proxy, "0.0.0.0:15006", byProxy, inbound},
+		server{w.NS, kit.Proxy, "[::]:15006", byProxy, append([]kit.Option{kit.V6Only}, inbound...)}))
+	return w
+}
+
+// newHAProxyWorld has HAProxy, which goes on to whom was called; the servers see by
+// its header that it was there. By IPv6 it does not ask where a connection was
+// going, so there is no way out for it.
+func newHAProxyWorld(t *testing.T) *world {
+	t.Helper()
+	w := emptyWorld(t)
+	w.ways = slices.DeleteFunc(w.ways, func(way way) bool { return way.name == outbound6 })
+	w.start(w.apps(byWhom))
+	w.StartHAProxy(haproxy)
+	return w
+}
+
+// haproxy goes to the original destination, which is what an address of zeros
+// means to it. What it closes leaves no TIME_WAIT, of which there would be many.
+const haproxy = `global
+  maxconn 2000
+  nbthread 1
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+  option nolinger
+frontend by4
+  bind 0.0.0.0:15001
+  bind 0.0.0.0:15006
+  default_backend to4
+frontend by6
+  bind [::]:15006 v6only
+  default_backend to6
+backend to4
+  server called 0.0.0.0 send-proxy
+backend to6
+  server called [::] send-proxy
+`
+
+const outbound6 = "outbound by IPv6"
+
+func emptyWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{Pod: kit.NewPod(t), t: t}
 	w.ways = []way{
 		{name: "outbound by the address book", from: w.NS, id: kit.App, to: at(kit.Far4, 80)},
 		{name: "outbound from a bound source", from: w.NS, id: kit.App, to: at(kit.Far4, 80), bind: kit.Pod4},
-		{name: "outbound by IPv6", from: w.NS, id: kit.App, to: at(kit.Far6, 80)},
+		{name: outbound6, from: w.NS, id: kit.App, to: at(kit.Far6, 80)},
 		{name: "inbound", from: w.Far, id: kit.Root, to: at(kit.Pod4, 8080)},
 		{name: "inbound by IPv6", from: w.Far, id: kit.Root, to: at(kit.Pod6, 8080)},
-	}
-	for _, s := range []struct {
-		in      *kit.NS
-		id      kit.ID
-		at      string
-		who     byte
-		options []kit.Option
-	}{
-		{w.NS, kit.Proxy, "0.0.0.0:15001", byProxy, nil},
-		{w.NS, kit.Proxy, "[::]:15001", byProxy, []kit.Option{kit.V6Only}},
-		{w.NS, kit.Proxy, "0.0.0.0:15006", byProxy, inbound},
-		{w.NS, kit.Proxy, "[::]:15006", byProxy, append([]kit.Option{kit.V6Only}, inbound...)},
-		{w.NS, kit.App, "0.0.0.0:8080", byApp, nil},
-		{w.NS, kit.App, "[::]:8080", byApp, []kit.Option{kit.V6Only}},
-		{w.Far, kit.Root, "0.0.0.0:80", byApp, nil},
-		{w.Far, kit.Root, "[::]:80", byApp, []kit.Option{kit.V6Only}},
-	} {
-		listener := s.in.Listen(s.id, s.at, s.options...)
-		s.in.Hold(s.id, listener) // enrolment looks for it in the namespace's processes
-		w.serve(listener.FD, s.who)
 	}
 	t.Cleanup(func() {
 		w.end.Store(true)
 		w.servers.Wait()
 	})
 	return w
+}
+
+// apps are the servers that the ways lead to.
+func (w *world) apps(who byte) []server {
+	return []server{
+		{w.NS, kit.App, "0.0.0.0:8080", who, nil},
+		{w.NS, kit.App, "[::]:8080", who, []kit.Option{kit.V6Only}},
+		{w.Far, kit.Root, "0.0.0.0:80", who, nil},
+		{w.Far, kit.Root, "[::]:80", who, []kit.Option{kit.V6Only}},
+	}
+}
+
+func (w *world) start(servers []server) {
+	for _, s := range servers {
+		listener := s.in.Listen(s.id, s.at, s.options...)
+		s.in.Hold(s.id, listener) // enrolment looks for it in the namespace's processes
+		w.serve(listener.FD, s.who)
+	}
 }
 
 func at(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }
@@ -102,28 +161,80 @@ func (w *world) serve(listener int, who byte) {
 				if err != nil {
 					continue // another was faster
 				}
-				if who == byApp {
-					w.escaped.Add(1)
-				}
 				w.servers.Go(func() {
 					defer unix.Close(fd)
 					shortWait(fd)
-					for w.answer(fd, who) {
-					}
+					w.talk(fd, who)
 				})
 			}
 		})
 	}
 }
 
-// answer answers one request; false: there is no more to come.
-func (w *world) answer(fd int, who byte) bool {
-	var request [requestSize]byte
-	for read := 0; read < requestSize; {
-		n, err := unix.Read(fd, request[read:])
+// talk answers all requests of a connection.
+func (w *world) talk(fd int, who byte) {
+	told := func() netip.AddrPort { return originalDst(fd) } // asked for each request
+	if who == byWhom {
+		caller, dst, ok := w.caller(fd)
+		if !ok {
+			return // it ended before it said anything
+		}
+		who, told = caller, func() netip.AddrPort { return dst }
+	}
+	if who == byApp {
+		w.escaped.Add(1)
+	}
+	for w.answer(fd, who, told) {
+	}
+}
+
+// caller reads a PROXY header, if that is what comes first: who is byProxy, and
+// dst what it was told. Requests are numbers below 2^56, so no request looks like one.
+func (w *world) caller(fd int) (who byte, dst netip.AddrPort, ok bool) {
+	const begins = 'P'
+	first := make([]byte, 1)
+	if n, err := w.receive(fd, first, unix.MSG_PEEK); err != nil || n == 0 {
+		return 0, dst, false
+	}
+	if first[0] != begins {
+		return byApp, nowhere, true
+	}
+	var line []byte
+	for len(line) == 0 || line[len(line)-1] != '\n' {
+		if n, err := w.receive(fd, first, 0); err != nil || n == 0 {
+			return 0, dst, false
+		}
+		line = append(line, first[0])
+	}
+	var family, src, to string
+	var port, srcPort uint16
+	if _, err := fmt.Sscanf(string(line), "PROXY %s %s %s %d %d", &family, &src, &to, &srcPort, &port); err != nil {
+		w.t.Errorf("a PROXY header %q: %v", line, err)
+		return 0, dst, false
+	}
+	addr, err := netip.ParseAddr(to)
+	if err != nil {
+		w.t.Errorf("a PROXY header %q: %v", line, err)
+	}
+	return byProxy, netip.AddrPortFrom(addr, port), err == nil
+}
+
+// receive waits for what comes, or for the world's end.
+func (w *world) receive(fd int, to []byte, flags int) (int, error) {
+	for {
+		n, _, err := unix.Recvfrom(fd, to, flags)
 		if (errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR)) && !w.end.Load() {
 			continue
 		}
+		return n, err
+	}
+}
+
+// answer answers one request; false: there is no more to come.
+func (w *world) answer(fd int, who byte, told func() netip.AddrPort) bool {
+	var request [requestSize]byte
+	for read := 0; read < requestSize; {
+		n, err := w.receive(fd, request[read:], 0)
 		if err != nil || n == 0 {
 			return false
 		}
@@ -131,7 +242,7 @@ func (w *world) answer(fd int, who byte) bool {
 	}
 	answer := make([]byte, 0, answerSize)
 	answer = append(answer, who)
-	dst := originalDst(fd)
+	dst := told()
 	address := dst.Addr().As16()
 	answer = append(answer, address[:]...)
 	answer = binary.BigEndian.AppendUint16(answer, dst.Port())
@@ -148,8 +259,10 @@ func originalDst(fd int) netip.AddrPort {
 			return dst
 		}
 	}
-	return netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
+	return nowhere
 }
+
+var nowhere = netip.AddrPortFrom(netip.IPv6Unspecified(), 0)
 
 // shortTime, in milliseconds, is after what time a server looks for the world's end.
 const shortTime = 100
