@@ -188,7 +188,7 @@ KUBERNETES_VERSION := 1.32.13
 KUBERNETES_STAMP := k8s.io/component-base/version
 
 $(KUBERNETES): tests/e2e/kubernetes/go.mod tests/e2e/kubernetes/go.sum tests/e2e/kubernetes/main.go
-	@echo "building Kubernetes $(KUBERNETES_VERSION) (a quarter of an hour the first time)"
+	@echo "building Kubernetes $(KUBERNETES_VERSION) and kubectl (a quarter of an hour the first time)"
 	@CGO_ENABLED=0 nice go -C tests/e2e/kubernetes build -trimpath -o $(CURDIR)/$@ -ldflags "-s -w \
 		-X $(KUBERNETES_STAMP).gitVersion=v$(KUBERNETES_VERSION) -X $(KUBERNETES_STAMP).gitMajor=1 -X $(KUBERNETES_STAMP).gitMinor=32 -X $(KUBERNETES_STAMP).gitTreeState=clean" .
 	@touch $@
