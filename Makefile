@@ -27,7 +27,7 @@ help: ## list every target
 
 .PHONY: build
 build: go-is-there ## build the static binaries into bin/
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X github.com/sluice-mesh/sluice/pkg/version.linked=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: generate
 generate: go-is-there ## compile the BPF C into the committed objects (pinned clang)
