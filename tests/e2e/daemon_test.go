@@ -38,7 +38,7 @@ func (s *space) load(pod, to string, during func()) {
 	s.control(pod, "/load/stop", nil, &now)
 	s.t.Logf("under load: %+v", now)
 	if now.Lost > 0 || now.Failed > 0 || now.Escaped > 0 {
-		s.t.Errorf("%d connections were lost, %d requests failed (%s), %d escaped the proxy", now.Lost, now.Failed, now.Error, now.Escaped)
+		s.t.Errorf("%d connections were lost, %d requests failed, %d escaped the proxy; the last error: %s", now.Lost, now.Failed, now.Escaped, now.Error)
 	}
 }
 
