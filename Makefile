@@ -27,7 +27,7 @@ help: ## list every target
 
 .PHONY: build
 build: go-is-there ## build the static binaries into bin/
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X github.com/sluice-mesh/sluice/pkg/version.linked=$(VERSION)' -o bin/ ./cmd/...
 
 .PHONY: generate
 generate: go-is-there ## compile the BPF C into the committed objects (pinned clang)
@@ -134,11 +134,12 @@ VERSION ?= $(shell sed -n 's/^appVersion: *//p' deploy/chart/Chart.yaml)
 # The image's name without tag. Nothing pulls from "localhost": it comes from the tarball.
 IMAGE ?= localhost/sluice
 PLATFORMS ?= amd64,arm64
+IMAGE_DIR ?= bin/image
 
 .PHONY: image
 image: go-is-there ## build the image (amd64, arm64) into bin/image/, as OCI layout and tarball: make image VERSION=... IMAGE=...
 	@go -C hack/image build -o $(CURDIR)/bin/tools/image .
-	@bin/tools/image --version '$(VERSION)' --name '$(IMAGE)' --platforms '$(PLATFORMS)' \
+	@bin/tools/image --version '$(VERSION)' --name '$(IMAGE)' --platforms '$(PLATFORMS)' --out '$(IMAGE_DIR)' \
 		--revision "$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
 		--created "$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)}"
 
@@ -188,7 +189,7 @@ KUBERNETES_VERSION := 1.32.13
 KUBERNETES_STAMP := k8s.io/component-base/version
 
 $(KUBERNETES): tests/e2e/kubernetes/go.mod tests/e2e/kubernetes/go.sum tests/e2e/kubernetes/main.go
-	@echo "building Kubernetes $(KUBERNETES_VERSION) (a quarter of an hour the first time)"
+	@echo "building Kubernetes $(KUBERNETES_VERSION) and kubectl (a quarter of an hour the first time)"
 	@CGO_ENABLED=0 nice go -C tests/e2e/kubernetes build -trimpath -o $(CURDIR)/$@ -ldflags "-s -w \
 		-X $(KUBERNETES_STAMP).gitVersion=v$(KUBERNETES_VERSION) -X $(KUBERNETES_STAMP).gitMajor=1 -X $(KUBERNETES_STAMP).gitMinor=32 -X $(KUBERNETES_STAMP).gitTreeState=clean" .
 	@touch $@
@@ -207,14 +208,24 @@ e2e: go-is-there ## run Sluice on a real cluster, made for it (root); KUBECONFIG
 		$(E2E_TEST) $(E2EFLAGS) || { echo "Some tests failed on the cluster of $$KUBECONFIG: see FAIL above, and docs/e2e.md."; exit 1; }; \
 	else $(MAKE) e2e-here; fi
 
+# A checkout of another version, as far as installing it goes: the same programs and
+# deploy/, but for what they say of their version.
+NEXT := bin/e2e/next
+
+.PHONY: e2e-next
+e2e-next: go-is-there
+	@rm -rf $(NEXT) && mkdir -p $(NEXT) && cp -r deploy $(NEXT)/
+	@grep -rlF '$(VERSION)' $(NEXT)/deploy | xargs sed -i 's/$(VERSION)/&-next/g'
+	@$(MAKE) image VERSION=$(VERSION)-next IMAGE_DIR=$(NEXT)/bin/image PLATFORMS=$$(go env GOARCH)
+
 # What make e2e does where it is given no cluster.
 .PHONY: e2e-here
-e2e-here: root $(KUBERNETES)
+e2e-here: root $(KUBERNETES) $(HELM) e2e-next
 	$(DEPS) e2e
 	@CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o bin/e2e/podapp ./tests/e2e/podapp
 	@$(MAKE) image PLATFORMS=$$(go env GOARCH)
-	@$(E2E_TEST) -e2e.kubernetes=$(CURDIR)/$(KUBERNETES) -e2e.podapp=$(CURDIR)/bin/e2e/podapp \
-		-e2e.image=$(CURDIR)/bin/image/sluice.tar -e2e.manifest=$(CURDIR)/deploy/sluice.yaml -e2e.logs=$(CURDIR)/bin/e2e/logs $(E2EFLAGS) || \
+	@$(E2E_TEST) -e2e.kubernetes=$(CURDIR)/$(KUBERNETES) -e2e.helm=$(CURDIR)/$(HELM) -e2e.podapp=$(CURDIR)/bin/e2e/podapp \
+		-e2e.checkout=$(CURDIR) -e2e.next=$(CURDIR)/$(NEXT) -e2e.logs=$(CURDIR)/bin/e2e/logs $(E2EFLAGS) || \
 		{ echo "Some tests failed, or the machine is not as it was: see FAIL and \"left behind\" above; the logs of the cluster are in bin/e2e/logs."; exit 1; }
 
 .PHONY: clean

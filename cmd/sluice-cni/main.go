@@ -9,8 +9,9 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/sluice-mesh/sluice/pkg/cni"
+	sluice "github.com/sluice-mesh/sluice/pkg/version"
 )
 
 func main() {
-	skel.PluginMainFuncs(cni.Funcs(), version.All, "sluice-cni: enrolls pods of a service mesh, without iptables")
+	skel.PluginMainFuncs(cni.Funcs(), version.All, "sluice-cni "+sluice.String()+": enrolls pods of a service mesh, without iptables")
 }

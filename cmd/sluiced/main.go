@@ -12,6 +12,7 @@ import (
 
 	"github.com/sluice-mesh/sluice/pkg/agent"
 	"github.com/sluice-mesh/sluice/pkg/rules"
+	"github.com/sluice-mesh/sluice/pkg/version"
 )
 
 func main() {
@@ -44,6 +45,7 @@ of the mesh because the API server does not know the pod, or does not answer.
 To remove redirection from a node: sluicectl down`,
 		Example: `  NODE_NAME=worker-1 sluiced
   sluiced --node worker-1 --kubeconfig ~/.kube/config --repair off`,
+		Version:       version.String(),
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,

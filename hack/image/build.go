@@ -83,7 +83,7 @@ func build(o options) (result, error) {
 // platformImage is the image of one architecture: one layer, from nothing.
 func platformImage(o options, arch, work string) (v1.Image, error) {
 	dir := filepath.Join(work, "bin", arch)
-	if err := compile(o.Source, arch, dir); err != nil {
+	if err := compile(o, arch, dir); err != nil {
 		return nil, err
 	}
 	files, sbom, err := contents(o, dir)
@@ -141,7 +141,7 @@ func labels(o options) map[string]string {
 }
 
 // compile builds the programs for an architecture, the same on every machine.
-func compile(source, arch, dir string) error {
+func compile(o options, arch, dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return err
@@ -149,12 +149,12 @@ func compile(source, arch, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	args := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid=", "-o", dir + "/"}
+	args := []string{"build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w -buildid= -X " + module + "/pkg/version.linked=" + o.Version, "-o", dir + "/"}
 	for _, p := range programs {
 		args = append(args, "./cmd/"+p)
 	}
 	cmd := exec.Command("go", args...)
-	cmd.Dir = source
+	cmd.Dir = o.Source
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOAMD64=v1", "GOARM64=v8.0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("compile for %s: %w\n%s", arch, err, out)

@@ -147,6 +147,9 @@ func checkPrograms(t *testing.T, files map[string][]byte) {
 		t.Errorf("the image has %d files", len(files))
 	}
 	for _, p := range programs {
+		if !bytes.Contains(files["usr/local/bin/"+p], []byte("1.2.3-test")) {
+			t.Errorf("%s does not know its version", p)
+		}
 		program, err := elf.NewFile(bytes.NewReader(files["usr/local/bin/"+p]))
 		if err != nil {
 			t.Fatalf("%s: %v", p, err)

@@ -151,4 +151,5 @@ const (
 	fieldPart      = "part"
 	fieldDuration  = "duration"
 	fieldPlugin    = "plugin"
+	fieldVersion   = "version"
 )

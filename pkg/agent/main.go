@@ -17,6 +17,8 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
+
+	"github.com/sluice-mesh/sluice/pkg/version"
 )
 
 // Client speaks to the API server.
@@ -43,6 +45,7 @@ func Main(config Config, kubeconfig string, debug bool, out *os.File) error {
 	if err != nil {
 		return err
 	}
+	log.WithField(fieldVersion, version.String()).Info("started")
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer stop()
 	err = a.Run(ctx)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/install"
+	"github.com/sluice-mesh/sluice/pkg/version"
 )
 
 // metrics are the daemon's. What the maps count is read when somebody asks.
@@ -39,6 +40,7 @@ var (
 	descFeature     = desc("kernel_feature", "Whether the kernel has an optional feature.", "feature")
 	descInstalled   = desc("cni_installed", "Whether the plugin and its entry are in place, and likely to stay.")
 	descOverwritten = desc("cni_overwritten_total", "How often somebody else took the plugin or its entry away.")
+	descBuild       = desc("build_info", "Always 1; the label is the daemon's version.", "version")
 	descUp          = desc("datapath_up", "Whether the datapath is loaded, attached and proven.")
 )
 
@@ -119,7 +121,7 @@ func (m *metrics) Describe(out chan<- *prometheus.Desc) {
 	for _, c := range m.own() {
 		c.Describe(out)
 	}
-	for _, d := range []*prometheus.Desc{descConnections, descPods, descProvisional, descEntries, descMax, descFeature, descInstalled, descOverwritten, descUp} {
+	for _, d := range []*prometheus.Desc{descConnections, descPods, descProvisional, descEntries, descMax, descFeature, descInstalled, descOverwritten, descBuild, descUp} {
 		out <- d
 	}
 }
@@ -131,6 +133,7 @@ func (m *metrics) Collect(out chan<- prometheus.Metric) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	out <- prometheus.MustNewConstMetric(descBuild, prometheus.GaugeValue, 1, version.String())
 	out <- prometheus.MustNewConstMetric(descUp, prometheus.GaugeValue, boolean(m.node != nil))
 	if m.installer != nil {
 		status := m.installer.Status()

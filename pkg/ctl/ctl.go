@@ -15,6 +15,7 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/kernel"
 	"github.com/sluice-mesh/sluice/pkg/report"
+	"github.com/sluice-mesh/sluice/pkg/version"
 )
 
 // Defaults of the directories.
@@ -90,8 +91,9 @@ func defaultCgroup(dir string) (string, error) {
 func newRoot(env Env) *cobra.Command {
 	c := &common{env: env}
 	root := &cobra.Command{
-		Use:   "sluicectl",
-		Short: "Redirect a pod's TCP connections to its mesh proxy with eBPF, without iptables",
+		Use:     "sluicectl",
+		Version: version.String(),
+		Short:   "Redirect a pod's TCP connections to its mesh proxy with eBPF, without iptables",
 		Long: `sluicectl runs Sluice on one machine, without Kubernetes.
 
   sluicectl check                   what this kernel offers

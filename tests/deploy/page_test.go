@@ -3,46 +3,20 @@ package deploy
 import (
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
+
+	"github.com/sluice-mesh/sluice/tests/page"
 )
 
-// step is a fenced block of docs/install.md; its name is what the comment before
-// it says: <!-- run: NAME -->.
-type step struct{ name, script string }
-
-var fence = regexp.MustCompile("(?s)(?:<!-- run: ([a-z-]+) -->\n)?```sh\n(.*?)```")
-
-func steps(t *testing.T) (out []step) {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(root, "docs/install.md"))
+func TestThePagesCommandsNameWhatIsThere(t *testing.T) {
+	steps, err := page.Steps(filepath.Join(root, "docs/install.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range fence.FindAllStringSubmatch(string(text), -1) {
-		out = append(out, step{m[1], m[2]})
-	}
-	return out
-}
-
-func TestThePageHasTheStepsThatAreRunOnACluster(t *testing.T) {
-	var names []string
-	for _, s := range steps(t) {
-		if s.name != "" {
-			names = append(names, s.name)
-		}
-	}
-	if want := []string{"import", "install", "verify", "rollback", "uninstall"}; !slices.Equal(names, want) {
-		t.Errorf("the steps are %v, want %v", names, want)
-	}
-}
-
-func TestThePagesCommandsNameWhatIsThere(t *testing.T) {
 	seen := 0
-	for _, s := range steps(t) {
-		for word := range strings.FieldsSeq(s.script) {
+	for _, s := range steps {
+		for word := range strings.FieldsSeq(s.Script) {
 			switch {
 			case strings.HasPrefix(word, "deploy/"):
 				seen++
@@ -56,22 +30,5 @@ func TestThePagesCommandsNameWhatIsThere(t *testing.T) {
 	}
 	if seen < 3 {
 		t.Errorf("the page names %d files of deploy/", seen)
-	}
-}
-
-func TestThePagesHelmCommandRenders(t *testing.T) {
-	found := false
-	for _, s := range steps(t) {
-		for line := range strings.Lines(s.script) {
-			_, args, ok := strings.Cut(line, "helm upgrade --install sluice deploy/chart ")
-			if !ok {
-				continue
-			}
-			found = true
-			mustRender(t, strings.Fields(args)...)
-		}
-	}
-	if !found {
-		t.Error("no step installs the chart")
 	}
 }

@@ -38,7 +38,7 @@ func (s *space) load(pod, to string, during func()) {
 	s.control(pod, "/load/stop", nil, &now)
 	s.t.Logf("under load: %+v", now)
 	if now.Lost > 0 || now.Failed > 0 || now.Escaped > 0 {
-		s.t.Errorf("%d connections were lost, %d requests failed (%s), %d escaped the proxy", now.Lost, now.Failed, now.Error, now.Escaped)
+		s.t.Errorf("%d connections were lost, %d requests failed, %d escaped the proxy; the last error: %s", now.Lost, now.Failed, now.Escaped, now.Error)
 	}
 }
 
@@ -86,12 +86,6 @@ func sendAway(t *testing.T) (back func()) {
 	}
 }
 
-func setImage(t *testing.T, image string) {
-	t.Helper()
-	patchDaemonSet(t, map[string]any{"containers": []map[string]any{{"name": "sluiced", "image": image}}})
-	awaitSluice(t)
-}
-
 // awaitRestart waits until the container of the daemon has been restarted.
 func awaitRestart(t *testing.T, before int32) {
 	t.Helper()
@@ -105,22 +99,13 @@ func awaitRestart(t *testing.T, before int32) {
 	})
 }
 
-func TestNoConnectionIsLostOrEscapesWhileTheDaemonIsKilledDeletedUpgradedAndRolledBack(t *testing.T) {
-	bed := needNode(t)
+func TestNoConnectionIsLostOrEscapesWhileTheDaemonIsKilledAndDeleted(t *testing.T) {
+	needNode(t)
 	needSluice(t)
 	s := newSpace(t)
 	s.run(plain("server"), meshed("client"))
 	server := s.appURL("server")
 	s.goesThrough("client", server, "out client")
-	ds, err := daemonSet(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	image := ds.Spec.Template.Spec.Containers[0].Image
-	const next = "localhost/sluice:e2e-next"
-	if err := bed.Tag(image, next); err != nil {
-		t.Fatal(err)
-	}
 	s.load("client", server, func() {
 		restarts := sluicePods(t.Context())[0].Status.ContainerStatuses[0].RestartCount
 		signal(t, unix.SIGKILL, sluiced(t)...)
@@ -138,11 +123,7 @@ func TestNoConnectionIsLostOrEscapesWhileTheDaemonIsKilledDeletedUpgradedAndRoll
 			}
 			return errors.New("there is none")
 		})
-		setImage(t, next)
-		s.run(meshed("meanwhile"))
-		setImage(t, image) // back
 	})
-	s.goesThrough("meanwhile", server, "out meanwhile")
 }
 
 func TestPodsThatStartWhileTheDaemonIsAwayAreJudgedByTheirAnnotations(t *testing.T) {

@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/sluice-mesh/sluice/tests/e2e/testbed"
 )
@@ -17,12 +16,13 @@ import (
 // TestInstallOnANodeWithRunningPods: what runs outside the mesh is untouched, and
 // sidecar pods that were there before are repaired without a restart.
 func TestInstallOnANodeWithRunningPods(t *testing.T) {
+	needNode(t)
+	eachWay(t, installOnANodeWithRunningPods)
+}
+
+func installOnANodeWithRunningPods(t *testing.T, by way) {
 	bed := needNode(t)
-	if _, err := daemonSet(t.Context()); err == nil {
-		uninstall(t) // another test has installed it
-	} else if !apierrors.IsNotFound(err) {
-		t.Fatal(err)
-	}
+	removeSluice(t)
 	s := newSpace(t)
 	s.run(plain("plain"), plain("server"), meshed("before", unvalidated), meshed("other", unvalidated))
 	server, other := s.appURL("server"), s.appURL("other")
@@ -47,8 +47,11 @@ func TestInstallOnANodeWithRunningPods(t *testing.T) {
 	untouched := s.get("plain")
 	old := s.get("before")
 
-	install(t)
-	awaitSluice(t)
+	install(t, by)
+	if said := step(t, *checkoutFlag, "verify"); !strings.Contains(said, "sluiced version "+versionOf(t, *checkoutFlag)) {
+		t.Error("the page's commands say", said)
+	}
+	wantVersion(t, versionOf(t, *checkoutFlag))
 	t.Run("the node stays ready", func(t *testing.T) {
 		if err := bed.AwaitNode(t.Context()); err != nil {
 			t.Error(err)
@@ -58,7 +61,7 @@ func TestInstallOnANodeWithRunningPods(t *testing.T) {
 		if text := mustRead(t, testbed.Conflist); !strings.Contains(text, "sluice-cni") || !strings.Contains(text, "portmap") {
 			t.Error("the conflist is", text)
 		}
-		if _, err := os.Stat("/opt/cni/bin/sluice-cni"); err != nil {
+		if _, err := os.Stat(pluginPath); err != nil {
 			t.Error(err)
 		}
 	})
@@ -99,5 +102,14 @@ func TestInstallOnANodeWithRunningPods(t *testing.T) {
 	t.Run("a pod whose validation failed comes up", func(t *testing.T) {
 		s.awaitReady("unredirected")
 		s.goesThrough("unredirected", server, "out unredirected")
+	})
+	t.Run("a new one is redirected without any capability", sidecarPodsAreRedirected)
+	t.Run("the page's commands show a pod", func(t *testing.T) {
+		said := step(t, *checkoutFlag, "verify-pod", "NAMESPACE="+s.name, "POD=unredirected")
+		for _, want := range []string{validation, s.name + "/unredirected", "captured-out"} {
+			if !strings.Contains(said, want) {
+				t.Errorf("%q is not in what they print: %s", want, said)
+			}
+		}
 	})
 }

@@ -329,14 +329,20 @@ func mustRead(t *testing.T, path string) string {
 }
 
 func httpOK(url string) error {
+	_, err := httpGet(url)
+	return err
+}
+
+func httpGet(url string) (string, error) {
 	client := http.Client{Timeout: 5 * time.Second}
 	response, err := client.Get(url)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer response.Body.Close()
-	if text, _ := io.ReadAll(response.Body); response.StatusCode != http.StatusOK {
-		return errors.New(string(text))
+	text, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = errors.New(string(text))
 	}
-	return nil
+	return string(text), err
 }

@@ -51,6 +51,19 @@ func TestAnAnnotationOfARunningPodIsFollowedIfItIsValid(t *testing.T) {
 	}
 }
 
+func TestThePagesCommandsDisableAPortOfARunningPod(t *testing.T) {
+	needNode(t)
+	needSluice(t)
+	s := newSpace(t)
+	s.run(plain("server"), meshed("client"))
+	server := s.appURL("server")
+	s.goesThrough("client", server, "out client")
+	step(t, *checkoutFlag, "disable-port", "NAMESPACE="+s.name, "POD=client", "PORT=8080")
+	s.goesStraight("client", server)
+	step(t, *checkoutFlag, "enable-port", "NAMESPACE="+s.name, "POD=client")
+	s.goesThrough("client", server, "out client")
+}
+
 // sluiced are the PIDs of the node's daemons.
 func sluiced(t *testing.T) (pids []int) {
 	t.Helper()

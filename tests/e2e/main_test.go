@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/sluice-mesh/sluice/tests/e2e/testbed"
@@ -26,8 +25,9 @@ var (
 	programFlag  = flag.String("e2e.kubernetes", "", "tests/e2e/kubernetes, built: bring up a cluster with it")
 	podappFlag   = flag.String("e2e.podapp", "", "tests/e2e/podapp, built for pods")
 	haproxyFlag  = flag.String("e2e.haproxy", "/usr/sbin/haproxy", "HAProxy, built with netfilter support as Debian's is")
-	imageFlag    = flag.String("e2e.image", "", "archive of Sluice's image")
-	manifestFlag = flag.String("e2e.manifest", "", "deploy/sluice.yaml")
+	helmFlag     = flag.String("e2e.helm", "", "helm, built from hack/helm")
+	checkoutFlag = flag.String("e2e.checkout", "../..", "checkout of Sluice, with its image built")
+	nextFlag     = flag.String("e2e.next", "", "the same of another version")
 	appImage     = flag.String("e2e.app-image", "sluice.e2e/app:1", "image of podapp on the cluster")
 	proxyImage   = flag.String("e2e.proxy-image", "sluice.e2e/proxy:1", "image of HAProxy on the cluster")
 	logsFlag     = flag.String("e2e.logs", "", "directory for the logs of the cluster's programs")
@@ -39,7 +39,6 @@ var haproxyConfig string
 
 // cluster is what the tests run on; bed is nil if it is not ours.
 var cluster struct {
-	config *rest.Config
 	client kubernetes.Interface
 	bed    *testbed.Cluster
 }
@@ -58,10 +57,11 @@ func run(m *testing.M) (status int, err error) {
 	kubeconfig := os.Getenv("KUBECONFIG")
 	switch {
 	case kubeconfig != "":
-		if cluster.config, err = clientcmd.BuildConfigFromFlags("", kubeconfig); err != nil {
+		config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+		if err != nil {
 			return 1, err
 		}
-		if cluster.client, err = kubernetes.NewForConfig(cluster.config); err != nil {
+		if cluster.client, err = kubernetes.NewForConfig(config); err != nil {
 			return 1, err
 		}
 		return m.Run(), nil
@@ -88,19 +88,25 @@ func run(m *testing.M) (status int, err error) {
 		return 1, err
 	}
 	say("the cluster is up after %.1f s", time.Since(began).Seconds())
-	cluster.config, cluster.client = cluster.bed.Config, cluster.bed.Client
+	cluster.client = cluster.bed.Client
+	if err := cluster.bed.AddCommand("helm", *helmFlag); err != nil {
+		return 1, err
+	}
 	status = m.Run()
+	if status == 0 {
+		err = checkPage()
+	}
 	if *holdFlag {
 		say("holding the cluster; interrupt to end")
 		select {}
 	}
-	return status, nil
+	return status, err
 }
 
-// images writes the images of the tests' pods, and returns all archives.
+// images writes the images of the tests' pods, and returns their archives.
 func images(dir string) (archives []string, err error) {
-	if *podappFlag == "" || *imageFlag == "" {
-		return nil, errors.New("give -e2e.podapp and -e2e.image too: make e2e does")
+	if *podappFlag == "" || *helmFlag == "" || *nextFlag == "" {
+		return nil, errors.New("give -e2e.podapp, -e2e.helm and -e2e.next too: make e2e does")
 	}
 	podapp := func(name, as string) *testbed.Image {
 		return &testbed.Image{Name: name, Entrypoint: []string{as}, Files: map[string]string{as: *podappFlag}}
@@ -119,7 +125,7 @@ func images(dir string) (archives []string, err error) {
 		}
 		archives = append(archives, archive)
 	}
-	return append(archives, *imageFlag), nil
+	return archives, nil
 }
 
 // needCluster skips where there is none.

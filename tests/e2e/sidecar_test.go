@@ -20,6 +20,10 @@ import (
 // namespace that enforces the restricted Pod Security Standard.
 func TestSidecarPodsAreRedirectedWithoutAnyCapability(t *testing.T) {
 	needSluice(t)
+	sidecarPodsAreRedirected(t)
+}
+
+func sidecarPodsAreRedirected(t *testing.T) {
 	for _, form := range []struct {
 		name   string
 		change func(*corev1.Pod)

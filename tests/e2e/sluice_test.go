@@ -4,8 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -13,13 +12,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/util/yaml"
-	"k8s.io/client-go/discovery/cached/memory"
-	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/restmapper"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 )
@@ -30,6 +23,8 @@ const (
 	sluiceDaemonSet = "sluiced"
 	sluiceBPFFS     = "/sys/fs/bpf/sluice"
 	sluiceReady     = "http://127.0.0.1:15095/readyz"
+	sluiceMetrics   = "http://127.0.0.1:15095/metrics"
+	pluginPath      = "/opt/cni/bin/sluice-cni"
 )
 
 var installed sync.Mutex
@@ -49,7 +44,7 @@ func needSluice(t *testing.T) {
 	case cluster.bed == nil:
 		t.Fatalf("there is no DaemonSet %s in namespace %s of this cluster: install Sluice first (docs/install.md)", sluiceDaemonSet, sluiceNamespace)
 	default:
-		install(t)
+		install(t, byManifest)
 	}
 	awaitSluice(t)
 }
@@ -58,57 +53,57 @@ func daemonSet(ctx context.Context) (*appsv1.DaemonSet, error) {
 	return cluster.client.AppsV1().DaemonSets(sluiceNamespace).Get(ctx, sluiceDaemonSet, metav1.GetOptions{})
 }
 
-// install applies deploy/sluice.yaml, as the page on installing says.
-func install(t *testing.T, changes ...func(*unstructured.Unstructured)) {
+// installedBy is the way of what is installed now.
+var installedBy way
+
+// install installs Sluice, and waits until its page's commands say that it is there.
+func install(t *testing.T, by way) {
 	t.Helper()
-	each(t, func(resource dynamic.ResourceInterface, object *unstructured.Unstructured) error {
-		for _, change := range changes {
-			change(object)
-		}
-		_, err := resource.Apply(t.Context(), object.GetName(), object, metav1.ApplyOptions{FieldManager: "e2e", Force: true})
-		return err
-	})
+	step(t, *checkoutFlag, "import")
+	installedBy = by
+	step(t, *checkoutFlag, "install"+string(by), localImage)
 }
 
-// each calls do for each object of the manifest, in its order.
-func each(t *testing.T, do func(dynamic.ResourceInterface, *unstructured.Unstructured) error) {
+// uninstall removes Sluice in the way that it was installed.
+func uninstall(t *testing.T) {
 	t.Helper()
-	if *manifestFlag == "" {
-		t.Fatal("give -e2e.manifest: make e2e does")
-	}
-	file, err := os.Open(*manifestFlag)
-	if err != nil {
+	step(t, *checkoutFlag, "uninstall"+string(installedBy))
+}
+
+// removeSluice uninstalls what another test has installed.
+func removeSluice(t *testing.T) {
+	t.Helper()
+	switch _, err := daemonSet(t.Context()); {
+	case err == nil:
+		uninstall(t)
+	case !apierrors.IsNotFound(err):
 		t.Fatal(err)
 	}
-	defer file.Close()
-	client, err := dynamic.NewForConfig(cluster.config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(cluster.client.Discovery()))
-	for decoder := yaml.NewYAMLOrJSONDecoder(file, 4096); ; {
-		object := &unstructured.Unstructured{}
-		if err := decoder.Decode(object); errors.Is(err, io.EOF) {
-			return
-		} else if err != nil {
-			t.Fatal(err)
+}
+
+// wantVersion wants the daemon that runs, its image and the node's plugin to be of a
+// version.
+func wantVersion(t *testing.T, version string) {
+	t.Helper()
+	eventually(t, "a daemon of version "+version+" serves metrics", func() error {
+		text, err := httpGet(sluiceMetrics)
+		if err == nil && !strings.Contains(text, fmt.Sprintf("sluice_build_info{version=%q} 1\n", version)) {
+			err = errors.New(text)
 		}
-		if object.Object == nil {
-			continue // a document of comments
-		}
-		kind := object.GroupVersionKind()
-		mapping, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var resource dynamic.ResourceInterface = client.Resource(mapping.Resource)
-		if mapping.Scope.Name() == meta.RESTScopeNameNamespace {
-			resource = client.Resource(mapping.Resource).Namespace(object.GetNamespace())
-		}
-		if err := do(resource, object); err != nil {
-			t.Fatalf("%s %s: %v", kind.Kind, object.GetName(), err)
+		return err
+	})
+	for _, p := range sluicePods(t.Context()) {
+		if image := p.Spec.Containers[0].Image; !strings.HasSuffix(image, ":"+version) {
+			t.Errorf("pod %s runs the image %s, not that of %s", p.Name, image, version)
 		}
 	}
+	eventually(t, "the plugin is of version "+version, func() error {
+		said, err := exec.Command(pluginPath).CombinedOutput() // it presents itself
+		if err == nil && !strings.HasPrefix(string(said), "sluice-cni "+version+":") {
+			err = errors.New(string(said))
+		}
+		return err
+	})
 }
 
 // awaitSluice waits until the DaemonSet's newest pods are ready everywhere.

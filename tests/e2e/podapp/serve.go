@@ -5,12 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"os"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -91,6 +89,11 @@ func ask(ctx context.Context, client *http.Client, url string) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
+	return read(response)
+}
+
+// read is what a response says.
+func read(response *http.Response) (*answer, error) {
 	defer response.Body.Close()
 	body, err := io.ReadAll(response.Body)
 	if err != nil {
@@ -144,118 +147,4 @@ func capabilities() map[string]string {
 		}
 	}
 	return out
-}
-
-// counts are what a load has come to.
-type counts struct {
-	Kept    int64  `json:"kept"`    // requests over connections that stay open
-	Lost    int64  `json:"lost"`    // such connections that were lost
-	New     int64  `json:"new"`     // requests over connections of their own
-	Failed  int64  `json:"failed"`  // requests that failed, of both kinds
-	Escaped int64  `json:"escaped"` // requests that no outbound proxy saw
-	Error   string `json:"error,omitempty"`
-}
-
-// loads is a load on one URL: connections that stay open and are used all the time,
-// and new ones one after the other.
-type loads struct {
-	mu     sync.Mutex
-	now    counts
-	cancel context.CancelFunc
-	wait   sync.WaitGroup
-}
-
-const kept = 5
-
-func (l *loads) start(url string) {
-	l.stop()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.now = counts{}
-	var ctx context.Context
-	ctx, l.cancel = context.WithCancel(context.Background())
-	for range kept {
-		l.wait.Go(func() { l.keep(ctx, url) })
-	}
-	l.wait.Go(func() { l.renew(ctx, url) })
-}
-
-func (l *loads) stop() counts {
-	l.mu.Lock()
-	cancel := l.cancel
-	l.mu.Unlock()
-	if cancel != nil {
-		cancel()
-		l.wait.Wait()
-	}
-	return l.read()
-}
-
-func (l *loads) read() counts {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.now
-}
-
-func (l *loads) note(ctx context.Context, got *answer, err error, count *int64) {
-	if ctx.Err() != nil {
-		return // the last one was cut off
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	*count++
-	switch {
-	case err != nil:
-		l.now.Failed++
-		l.now.Error = err.Error()
-	case !seenOutbound(got):
-		l.now.Escaped++
-	}
-}
-
-func seenOutbound(got *answer) bool {
-	for _, p := range got.Path {
-		if strings.HasPrefix(p, "out ") {
-			return true
-		}
-	}
-	return false
-}
-
-func (l *loads) keep(ctx context.Context, url string) {
-	dials := 0
-	dialer := &net.Dialer{Timeout: clientTimeout}
-	client := &http.Client{Timeout: clientTimeout, Transport: &http.Transport{
-		MaxConnsPerHost: 1, MaxIdleConnsPerHost: 1,
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			if dials++; dials > 1 {
-				l.mu.Lock()
-				l.now.Lost++
-				l.mu.Unlock()
-			}
-			return dialer.DialContext(ctx, network, address)
-		},
-	}}
-	defer client.CloseIdleConnections()
-	for ctx.Err() == nil {
-		got, err := ask(ctx, client, url)
-		l.note(ctx, got, err, &l.now.Kept)
-		pauseFor(ctx, 20*time.Millisecond)
-	}
-}
-
-func (l *loads) renew(ctx context.Context, url string) {
-	client := &http.Client{Timeout: clientTimeout, Transport: &http.Transport{DisableKeepAlives: true}}
-	for ctx.Err() == nil {
-		got, err := ask(ctx, client, url)
-		l.note(ctx, got, err, &l.now.New)
-		pauseFor(ctx, 5*time.Millisecond)
-	}
-}
-
-func pauseFor(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
 }

@@ -66,12 +66,12 @@ func Up(ctx context.Context, program, logs string, archives []string, say func(f
 	if c.logs == "" {
 		c.logs = c.path("logs")
 	}
-	for _, dir := range []string{c.pki, c.logs, "/opt/cni/bin", "/run/netns"} {
+	for _, dir := range []string{c.pki, c.logs, c.path("bin"), c.path("home"), "/opt/cni/bin", "/run/netns"} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, err
 		}
 	}
-	if err := errors.Join(writeCertificates(c.pki, Node), c.writeConfigs(), linkPlugins()); err != nil {
+	if err := errors.Join(writeCertificates(c.pki, Node), c.writeConfigs(), linkPlugins(), c.addKubectl()); err != nil {
 		return nil, err
 	}
 	return c, errors.Join(c.startAll(ctx, archives))
@@ -109,7 +109,7 @@ func (c *Cluster) startAll(ctx context.Context, archives []string) error {
 		}
 	}
 	var err error
-	if c.Config, err = clientcmd.BuildConfigFromFlags("", filepath.Join(c.pki, "admin.kubeconfig")); err != nil {
+	if c.Config, err = clientcmd.BuildConfigFromFlags("", c.Kubeconfig()); err != nil {
 		return err
 	}
 	c.Config.QPS, c.Config.Burst = 200, 400
@@ -294,9 +294,6 @@ func (c *Cluster) ctr(args ...string) error {
 	}
 	return nil
 }
-
-// Tag gives an image of the runtime another name.
-func (c *Cluster) Tag(name, as string) error { return c.ctr("images", "tag", "--force", name, as) }
 
 // Tail writes the end of each program's log.
 func (c *Cluster) Tail(w io.Writer, bytes int64) {
