@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -64,7 +65,12 @@ func run(m *testing.M) (status int, err error) {
 		if cluster.client, err = kubernetes.NewForConfig(config); err != nil {
 			return 1, err
 		}
-		return m.Run(), nil
+		status = m.Run()
+		if len(skipped) > 0 {
+			fmt.Printf("e2e: %d tests were skipped: they stop the node's programs, change its files or read its maps, and KUBECONFIG does not lead there:\n  %s\n",
+				len(skipped), strings.Join(skipped, "\n  "))
+		}
+		return status, nil
 	case *programFlag == "":
 		return m.Run(), nil // each test says what it needs
 	case !testbed.Inside():
@@ -136,12 +142,16 @@ func needCluster(t *testing.T) {
 	}
 }
 
+// skipped are the tests that needNode has skipped on a cluster of somebody else.
+var skipped []string
+
 // needNode skips where the node cannot be reached.
 func needNode(t *testing.T) *testbed.Cluster {
 	t.Helper()
 	needCluster(t)
 	if cluster.bed == nil {
-		t.Skip("needs the node itself, which KUBECONFIG does not give: it stops its programs and reads its maps")
+		skipped = append(skipped, t.Name())
+		t.Skip("needs the node itself, which KUBECONFIG does not give")
 	}
 	return cluster.bed
 }

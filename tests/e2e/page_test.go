@@ -64,12 +64,26 @@ func checkPage() error {
 	if err != nil {
 		return err
 	}
-	for _, s := range steps {
-		if s.Name != "" && !pagesRun[s.Name] {
-			return fmt.Errorf("docs/install.md marks the step %q, and no test has run it", s.Name)
-		}
+	if left := neverRun(steps, pagesRun); len(left) > 0 {
+		return fmt.Errorf("docs/install.md marks the steps %q, and no test has run them", left)
 	}
 	return nil
+}
+
+func neverRun(steps []page.Step, run map[string]bool) (names []string) {
+	for _, s := range steps {
+		if s.Name != "" && !run[s.Name] {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
+
+func TestAMarkedStepThatNoTestRunsIsFound(t *testing.T) {
+	got := neverRun([]page.Step{{Name: "install"}, {Script: "not marked"}, {Name: "remove"}}, map[string]bool{"install": true})
+	if !slices.Equal(got, []string{"remove"}) {
+		t.Errorf("it finds %q", got)
+	}
 }
 
 // versionOf is the version that a checkout installs.

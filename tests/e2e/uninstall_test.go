@@ -44,6 +44,18 @@ func TestAfterAnUninstallRunningPodsStayRedirectedAndNewOnesAreNot(t *testing.T)
 	s.goesThrough("newest", server, "out newest")
 }
 
+// TestAManifestDeletedAtOnceIsAnUninstallToo: not as the page says, so the daemon's
+// rights go while it ends.
+func TestAManifestDeletedAtOnceIsAnUninstallToo(t *testing.T) {
+	bed := needNode(t)
+	removeSluice(t)
+	install(t, byManifest)
+	if said, err := bed.Shell(t.Context(), *checkoutFlag, "kubectl delete -f deploy/sluice.yaml --timeout=120s"); err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+	wantNoTrace(t)
+}
+
 func TestANodeIsDisabledAndEnabledAgain(t *testing.T) {
 	needNode(t)
 	needSluice(t)
