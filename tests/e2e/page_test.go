@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/sluice-mesh/sluice/tests/page"
 )
@@ -46,7 +47,9 @@ func step(t *testing.T, checkout, name string, variables ...string) string {
 		t.Fatalf("docs/install.md has no step %q: it marks one by <!-- run: %s -->", name, name)
 	}
 	pagesRun[name] = true
+	began := time.Now()
 	out, err := bed.Shell(t.Context(), checkout, steps[at].Script, variables...)
+	t.Logf("step %q took %v", name, time.Since(began).Round(100*time.Millisecond))
 	if err != nil {
 		t.Fatalf("step %q of docs/install.md: %v\n%s\n%s", name, err, out, sluiceLog(20))
 	}

@@ -70,6 +70,18 @@ func uninstall(t *testing.T) {
 	step(t, *checkoutFlag, "uninstall"+string(installedBy))
 }
 
+// needSluiceBy is needSluice, installed in one way.
+func needSluiceBy(t *testing.T, by way) {
+	t.Helper()
+	if installedBy != by {
+		removeSluice(t)
+	}
+	if _, err := daemonSet(t.Context()); apierrors.IsNotFound(err) {
+		install(t, by)
+	}
+	awaitSluice(t)
+}
+
 // removeSluice uninstalls what another test has installed.
 func removeSluice(t *testing.T) {
 	t.Helper()

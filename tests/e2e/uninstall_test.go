@@ -44,18 +44,6 @@ func TestAfterAnUninstallRunningPodsStayRedirectedAndNewOnesAreNot(t *testing.T)
 	s.goesThrough("newest", server, "out newest")
 }
 
-// TestAManifestDeletedAtOnceIsAnUninstallToo: not as the page says, so the daemon's
-// rights go while it ends.
-func TestAManifestDeletedAtOnceIsAnUninstallToo(t *testing.T) {
-	bed := needNode(t)
-	removeSluice(t)
-	install(t, byManifest)
-	if said, err := bed.Shell(t.Context(), *checkoutFlag, "kubectl delete -f deploy/sluice.yaml --timeout=120s"); err != nil {
-		t.Fatalf("%v: %s", err, said)
-	}
-	wantNoTrace(t)
-}
-
 func TestANodeIsDisabledAndEnabledAgain(t *testing.T) {
 	needNode(t)
 	needSluice(t)
@@ -79,10 +67,20 @@ func TestANodeIsDisabledAndEnabledAgain(t *testing.T) {
 	s.goesStraight("plain", server)
 }
 
+// TestAManifestDeletedAtOnceIsAnUninstallToo: not as the page says, so the daemon's
+// rights go while it ends.
+func TestAManifestDeletedAtOnceIsAnUninstallToo(t *testing.T) {
+	bed := needNode(t)
+	needSluiceBy(t, byManifest)
+	if said, err := bed.Shell(t.Context(), *checkoutFlag, "kubectl delete -f deploy/sluice.yaml --timeout=120s"); err != nil {
+		t.Fatalf("%v: %s", err, said)
+	}
+	wantNoTrace(t)
+}
+
 func TestAnUninstallWithRunningPodsDirectRemovesEverythingAtOnce(t *testing.T) {
 	needNode(t)
-	removeSluice(t)
-	install(t, byChart)
+	needSluiceBy(t, byChart)
 	step(t, *checkoutFlag, "uninstall-direct")
 	s := newSpace(t)
 	s.run(plain("server"), meshed("client"))
@@ -94,6 +92,6 @@ func TestAnUninstallWithRunningPodsDirectRemovesEverythingAtOnce(t *testing.T) {
 	if _, err := os.Lstat(sluiceBPFFS); !errors.Is(err, os.ErrNotExist) {
 		t.Error("pins are left:", err)
 	}
-	needSluice(t)
+	install(t, byChart)
 	s.goesThrough("client", server, "out client")
 }

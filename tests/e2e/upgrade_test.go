@@ -11,8 +11,7 @@ func TestNoConnectionIsLostOrEscapesWhileAnotherVersionComesAndGoes(t *testing.T
 		t.Fatal("both checkouts are of version", this)
 	}
 	eachWay(t, func(t *testing.T, by way) {
-		removeSluice(t)
-		install(t, by)
+		needSluiceBy(t, by)
 		wantVersion(t, this)
 		s := newSpace(t)
 		s.run(plain("server"), meshed("client"))
