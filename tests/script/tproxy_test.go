@@ -74,7 +74,7 @@ func TestKilledAtAnyMomentTheWayBackIsKnown(t *testing.T) {
 func wayBack(t *testing.T, pod *kit.Pod) string {
 	t.Helper()
 	var out strings.Builder
-	missing, err := pod.MissingWayBack(true)
+	missing, err := pod.MissingWayBack(true, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
