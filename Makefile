@@ -75,7 +75,7 @@ $(ISTIO): tests/istio/go.mod tests/istio/go.sum tests/istio/main.go
 .PHONY: oracle
 oracle: root go-is-there $(ISTIO) ## compare Sluice with Istio's iptables rules, case by case: make oracle N=200 [SEED=17] (root)
 	$(DEPS) test
-	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run 'Test(Every|Without|Table|Random|OurRules|Istios)' ./tests/oracle \
+	@SLUICE_REQUIRE_ROOT=1 go test -count=1 -timeout 20m -v -run 'Test(Every|Without|Table|Random|Both|APod|OurRules|Istios)' ./tests/oracle \
 		-oracle.istio=$(CURDIR)/$(ISTIO) -oracle.n=$(N) $(if $(SEED),-oracle.seed=$(SEED)) || \
 		{ echo "Sluice and iptables differ, or the comparison failed: see above, and docs/oracle.md."; exit 1; }
 	@echo "No difference but those that docs/compatibility.md lists."

@@ -12,6 +12,7 @@
 #define SLUICE_MAX_PODS 1024
 #define SLUICE_LISTENER_SLOTS 64
 #define SLUICE_TPROXY_MARK 1337 /* of the proxy's calls for a client, and of their answers */
+#define SLUICE_LISTENER_MARK 1339 /* of its inbound listeners in that mode: no route asks for it */
 
 struct addr {
 	__u8 b[16];

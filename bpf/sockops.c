@@ -17,6 +17,8 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define DEFAULT_IN_PORT 15006
 #define EEXIST 17
 #define EOPNOTSUPP 95
+#define SOL_SOCKET 1
+#define SO_MARK 36
 
 static __always_inline void local_addr(struct bpf_sock_ops *ctx, struct addr *a)
 {
@@ -199,6 +201,19 @@ static __always_inline void set_assignable(const struct listener_key *listener,
 		bpf_map_delete_elem(&pod_facts, &key);
 }
 
+/* Istio's rules, where they are still there beside us, mark what a client sends with
+ * SLUICE_TPROXY_MARK. A socket that is accepted takes that mark (tcp_fwmark_accept), and
+ * its answers would be led to lo, but for a mark of the listener's own, which it takes
+ * instead.
+ */
+static __always_inline void give_mark(struct bpf_sock_ops *ctx, const struct bpf_sock *sk)
+{
+	int mark = SLUICE_LISTENER_MARK;
+
+	if (!sk->mark)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+}
+
 /* Only the proxy's listeners, or anyone in the pod could take its traffic or
  * stop it: bound by the proxy's UID or GID, on a wildcard or an address of the
  * pod.
@@ -221,6 +236,8 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	if (!proxys_own(sk, pod))
 		return; /* a stranger's */
 	key.port = ctx->local_port;
+	if (pod->flags & POD_TPROXY && key.port == pod->in_port)
+		give_mark(ctx, sk);
 	key.family = ctx->family;
 	local_addr(ctx, &local);
 	if (addr_is_loopback(&local))

@@ -18,7 +18,10 @@ const (
 	tcpListen  = 10
 )
 
-const listenerSlots = 64 // SLUICE_LISTENER_SLOTS
+const (
+	listenerSlots = 64   // SLUICE_LISTENER_SLOTS
+	listenerMark  = 1339 // SLUICE_LISTENER_MARK
+)
 
 // collect looks at the sockets that were open before the pod's entry was
 // written. Those whose SYN is out get a verdict, so that the guard leaves a
@@ -84,6 +87,11 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod connectPod, o
 	if s.State != tcpListen || !d.isProxy(pod.RulesId, binder) {
 		return nil
 	}
+	if key.Port == pod.InPort && pod.Flags&connectPodFlagsPOD_TPROXY != 0 {
+		if err := giveMark(s); err != nil {
+			return err
+		}
+	}
 	if local.Addr().IsLoopback() {
 		key.Scope = connectListenerScopeLISTENS_ON_LOOPBACK
 	} else if key.Port == pod.OutPort { // as sockops: whether or not a map can hold it
@@ -111,6 +119,19 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod connectPod, o
 		return d.addFact(cookie, connectPodFactFACT_OUT_ASSIGNABLE)
 	}
 	return d.addFact(cookie, connectPodFactFACT_IN_ASSIGNABLE)
+}
+
+// giveMark does what sockops does with an inbound listener in TPROXY mode.
+func giveMark(s netns.Socket) error {
+	fd := int(s.File.Fd())
+	mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
+	if err == nil && mark == 0 {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, listenerMark)
+	}
+	if err != nil {
+		return fmt.Errorf("mark the inbound listener of process %d: %w", s.PID, err)
+	}
+	return nil
 }
 
 // isProxy says whether a rule set's proxy bound a socket.

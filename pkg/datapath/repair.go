@@ -105,7 +105,7 @@ func (d *Datapath) complete(path string) error {
 	if err := d.maps["pods"].Lookup(ns.Cookie(), &pod); err != nil {
 		return fmt.Errorf("read the pod's entry: %w", err)
 	}
-	missing, err := ns.MissingWayBack(network.Primary6.IsValid())
+	missing, err := ns.MissingWayBack(network.Primary6.IsValid(), netns.WayBack(pod.WayBack))
 	if err != nil {
 		return err
 	}

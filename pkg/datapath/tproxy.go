@@ -40,7 +40,7 @@ func (d *Datapath) planWayBack(ns *netns.NetNS, network netns.Network, mode rule
 	if mode != rules.TProxy {
 		return nil
 	}
-	missing, err := ns.MissingWayBack(network.Primary6.IsValid())
+	missing, err := ns.MissingWayBack(network.Primary6.IsValid(), netns.WayBack(value.WayBack))
 	if err != nil {
 		return err
 	}

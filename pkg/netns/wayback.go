@@ -47,23 +47,26 @@ var wayBackSettings = []struct {
 }
 
 var wayBackFamilies = []struct {
-	family      int
-	rule, route WayBack
+	family               int
+	rule, route, reflect WayBack
 }{
-	{netlink.FAMILY_V4, WayBackRule4, WayBackRoute4},
-	{netlink.FAMILY_V6, WayBackRule6, WayBackRoute6},
+	{netlink.FAMILY_V4, WayBackRule4, WayBackRoute4, WayBackReflect4},
+	{netlink.FAMILY_V6, WayBackRule6, WayBackRoute6, WayBackReflect6},
 }
 
 // wayBack6 are the parts that are for IPv6 alone.
 const wayBack6 = WayBackRule6 | WayBackRoute6 | WayBackReflect6
 
-// MissingWayBack says what of the way back the namespace lacks.
-func (n *NetNS) MissingWayBack(ipv6 bool) (WayBack, error) {
+// MissingWayBack says what of the way back the namespace lacks, of which ours was added
+// before. A rule that is not ours is Istio's, whose iptables rules are then there too.
+// These mark what clients send, and lead the answers to the proxy's calls back without
+// our settings. With fwmark_reflect a reset that is meant for a client would be led to lo.
+func (n *NetNS) MissingWayBack(ipv6 bool, ours WayBack) (WayBack, error) {
 	handle, err := n.Handle()
 	if err != nil {
 		return 0, err
 	}
-	var missing WayBack
+	var missing, unwanted WayBack
 	for _, f := range wayBackFamilies {
 		if f.rule&wayBack6 != 0 && !ipv6 {
 			continue
@@ -74,6 +77,8 @@ func (n *NetNS) MissingWayBack(ipv6 bool) (WayBack, error) {
 		}
 		if !hasWayBackRule(rules) {
 			missing |= f.rule
+		} else if ours&f.rule == 0 {
+			unwanted |= f.reflect
 		}
 		routes, err := dump(func() ([]netlink.Route, error) {
 			return handle.RouteListFiltered(f.family, &netlink.Route{Table: wayBackTable}, netlink.RT_FILTER_TABLE)
@@ -95,7 +100,7 @@ func (n *NetNS) MissingWayBack(ipv6 bool) (WayBack, error) {
 				return err
 			}
 			if value == "0" {
-				missing |= s.part
+				missing |= s.part &^ unwanted
 			}
 		}
 		return nil

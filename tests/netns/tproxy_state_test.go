@@ -131,6 +131,11 @@ func TestTheWayBackOfSomebodyElseStays(t *testing.T) {
 	p.Enroll(d, byTProxy)
 	p.StartTProxy()
 	goesByTProxy(t, p)
+	for name, want := range map[string]string{"ipv4/fwmark_reflect": "0", "ipv6/fwmark_reflect": "1"} {
+		if got := setting(t, p, name); got != want { // whose rule it is leads refusals back by his own means
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
 	p.Enroll(d, byTProxy) // remembers still what it added
 	if _, err := d.Unenroll(p.Cookie(), p.NetNS); err != nil {
 		t.Fatal(err)

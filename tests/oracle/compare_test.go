@@ -78,10 +78,7 @@ func (l *lab) compare(q request) (report, error) {
 		return out, err
 	}
 	for i, s := range sites[1:] {
-		for _, p := range all {
-			if !s.runs(q.config, p) {
-				continue
-			}
+		for _, p := range s.only(normal, all) {
 			iptables, got := results[0][p], results[i+1][p]
 			ok, want := l.judge(s, normal, p, iptables, got)
 			if !ok {
@@ -126,25 +123,18 @@ func tryAll(sites []*site, q request, all []probe) ([]map[probe]outcome, error) 
 	return results, nil
 }
 
-// only are the probes that are run in this site.
+// only are the probes that are run in this site: in TPROXY mode Sluice and Istio's rules
+// get in each other's way where a machine's interface is rerouted (the difference
+// "both-tproxy-rerouted").
 func (s *site) only(c config, all []probe) (out []probe) {
+	both := s.sluice && s.iptables != ""
 	for _, p := range all {
-		if s.runs(c, p) {
+		x := comparison{config: c, probe: p}
+		if !both || !c.byTProxy() || !x.entersRerouted() {
 			out = append(out, p)
 		}
 	}
 	return out
-}
-
-// runs: in TPROXY mode two ways back are in each other's way (the difference
-// "both-tproxy"); what the pod sends to others is tried all the same.
-func (s *site) runs(c config, p probe) bool {
-	return !c.byTProxy() || !s.sluice || s.iptables == "" || p.From == inPod && !p.toPod()
-}
-
-// toPod: an address of the pod is called, or both are.
-func (p probe) toPod() bool {
-	return isLocal(p.To.Addr()) || p.Then.IsValid() && isLocal(p.Then.Addr())
 }
 
 func isLocal(a netip.Addr) bool {

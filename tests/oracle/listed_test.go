@@ -46,6 +46,7 @@ var listed = []struct {
 	{"names", names},
 	{"both-loopback", bothLoopback},
 	{"both-rerouted", bothRerouted},
+	{"both-hbone", bothHBONE},
 	{"dns-source", dnsSource},
 }
 
@@ -205,7 +206,7 @@ func inName(x *comparison) {
 // tproxyHBONE: Istio's line for the tunnel's port is in a chain that TPROXY mode
 // does not come by.
 func tproxyHBONE(x *comparison) {
-	if !x.byTProxy() || x.To.Port() != portHBONE || x.want.By != "proxy:in" {
+	if x.both || !x.byTProxy() || x.To.Port() != portHBONE || x.want.By != "proxy:in" {
 		return
 	}
 	x.want.By = "pod:15008"
@@ -216,24 +217,36 @@ func tproxyHBONE(x *comparison) {
 // with lo excluded: the answer passes by the line that restores the mark. Sluice marks
 // it itself.
 func tproxyUnmarked(x *comparison) {
-	passed := slices.ContainsFunc(x.Rules.ExcludeInterfaces, func(name string) bool { return name == "eth0" || name == "lo" })
-	if !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() && !passed {
+	passed := x.answersByExcluded()
+	if x.both && x.isSelf() || !x.ForClient || x.want.Result != "timed out" || x.Mark == clientMark && !x.To.Addr().IsLoopback() && !passed {
 		return
 	}
 	x.reachesApp(x.Source.String() + " p")
+	if x.both && passed && x.want.Result == "ECONNREFUSED" {
+		x.want.Result = "timed out" // Istio's marks lead refusals back, not Sluice's
+	}
+}
+
+// answersByExcluded: the app's answers to a client pass by the line that leads them back.
+func (x *comparison) answersByExcluded() bool {
+	return slices.ContainsFunc(x.Rules.ExcludeInterfaces, func(name string) bool { return name == "eth0" || name == "lo" })
 }
 
 // tproxyForClient: Istio's lines for an identity's calls to its own pod (O3, O6) do
 // not ask for the mark. The call comes back to the proxy, to be made again; over IPv4
-// from a client's address nobody answers.
+// from a client's address nobody answers. Beside Sluice it is refused, for on loopback only
+// those get to the inbound port whom Sluice has sent there; over IPv4 nobody is told.
 func tproxyForClient(x *comparison) {
 	if !x.byTProxy() || !x.ForClient && x.Mark != clientMark || !x.isSelf() {
 		return
 	}
 	source := x.want.Name
 	switch {
+	case x.both && (x.want.By == "proxy:in" || x.ForClient && x.To.Addr().Is6() && !x.answersByExcluded()):
+		x.want = outcome{Result: "ECONNREFUSED"}
+		return
 	case x.want.By == "proxy:in":
-	case x.ForClient && x.want.Result == "timed out":
+	case !x.both && x.ForClient && x.want.Result == "timed out":
 		source = x.Source.String() + " p"
 	default:
 		return
@@ -243,6 +256,9 @@ func tproxyForClient(x *comparison) {
 
 // isSelf: Istio's nat table redirects it as a call of the proxy to its own pod.
 func (x *comparison) isSelf() bool {
+	if slices.Contains(x.Rules.ExcludeInterfaces, "lo") || slices.Contains(x.Rules.ExcludeOutboundPorts, x.To.Port()) || x.toLoopback() {
+		return false
+	}
 	c, what := x.Rules.Compile(), rules.Self
 	id := c.UIDs[uint32(x.ID.UID)]
 	if id == 0 {
@@ -302,7 +318,8 @@ func tproxySelfName(x *comparison) {
 }
 
 func inOutboundPort(x *comparison) {
-	if x.both || x.From == inPod || x.want.By != "proxy:in" || x.To.Port() != x.Rules.OutboundPort {
+	translated := x.both && !x.byTProxy()
+	if translated || x.From == inPod || x.want.By != "proxy:in" || x.To.Port() != x.Rules.OutboundPort {
 		return
 	}
 	x.want.OrigDst = "ENOENT"
@@ -395,6 +412,14 @@ func bothLoopback(x *comparison) {
 	}
 	if slices.Contains(r.IncludeOutboundPorts, sent.Port()) || slices.ContainsFunc(r.IncludeOutboundCIDRs.List, holds) {
 		x.want = outcome{Result: "ECONNREFUSED", First: x.want.First}
+	}
+}
+
+// bothHBONE: the TPROXY target of Istio's rules asks for a listener at 127.0.0.1, the
+// first address of lo, and Sluice lets nobody in there whom it has not sent.
+func bothHBONE(x *comparison) {
+	if x.both && x.byTProxy() && x.From == inPod && x.To.Port() == portHBONE && x.want.By == "proxy:in" && x.To.Addr().Is4() {
+		x.want = outcome{Result: "timed out"}
 	}
 }
 

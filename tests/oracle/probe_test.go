@@ -169,11 +169,17 @@ func probes(c config, slow bool) []probe {
 	var out []probe
 	for _, p := range all {
 		if p.possible(c.Families) {
-			p.MayVanish = p.MayVanish || c.byTProxy() && !p.UDP && p.through() && !c.capturesIn(p.To.Port())
+			p.MayVanish = p.MayVanish || c.byTProxy() && !p.UDP && p.vanishesByTProxy(c)
 			out = append(out, p)
 		}
 	}
 	return out
+}
+
+// vanishesByTProxy: marks lead it, or its answers, nowhere (the differences "forwarded"
+// and "both-hbone").
+func (p probe) vanishesByTProxy(c config) bool {
+	return p.through() && !c.capturesIn(p.To.Port()) || p.From == inPod && p.To.Port() == portHBONE && isLocal(p.To.Addr())
 }
 
 // through: it goes through the pod to somebody else.

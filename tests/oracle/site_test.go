@@ -55,6 +55,7 @@ type site struct {
 	pod, far, far2, vm *kit.NS
 	servers            *servers
 	datapath           *datapath.Datapath
+	rewrites           func() // if not nil, adds the pod's own rules, behind Istio's
 }
 
 func newSite(t testing.TB, r redirection, f families) *site {
@@ -181,6 +182,9 @@ func (s *site) try(c config, omit string, probes []probe) (out map[probe]outcome
 			}
 			defer func() { err = errors.Join(err, remove()) }()
 		}
+	}
+	if s.rewrites != nil {
+		s.rewrites()
 	}
 	if s.sluice {
 		if _, err := s.datapath.Enroll(s.pod.NetNS, datapath.Pod{Namespace: "oracle", Name: s.String(), Rules: r, Inbound: c.Inbound}); err != nil {

@@ -152,6 +152,7 @@ var table = []struct {
 	{"TPROXY, lo excluded", false, byTProxy(func(r *rules.Rules) { r.ExcludeInterfaces = []string{"lo"} })},
 	{"TPROXY, a UID alone", false, byTProxy(func(r *rules.Rules) { r.ProxyGIDs = nil })},
 	{"TPROXY, a GID alone", false, byTProxy(func(r *rules.Rules) { r.ProxyUIDs = nil })},
+	{"TPROXY, a GID alone and an excluded interface", false, byTProxy(func(r *rules.Rules) { r.ProxyUIDs, r.ExcludeInterfaces = nil, []string{"eth0"} })},
 	{"TPROXY, root is the proxy", false, byTProxy(func(r *rules.Rules) { r.ProxyUIDs = ids(0) })},
 	{"TPROXY, excluded ports", false, byTProxy(func(r *rules.Rules) {
 		r.ExcludeOutboundPorts = []uint16{80, 15006, 15008}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
@@ -74,7 +75,7 @@ func TestKilledAtAnyMomentTheWayBackIsKnown(t *testing.T) {
 func wayBack(t *testing.T, pod *kit.Pod) string {
 	t.Helper()
 	var out strings.Builder
-	missing, err := pod.MissingWayBack(true)
+	missing, err := pod.MissingWayBack(true, ^netns.WayBack(0))
 	if err != nil {
 		t.Fatal(err)
 	}
