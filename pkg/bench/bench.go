@@ -181,10 +181,12 @@ func incarnate(ctx context.Context, opts Options, incarnation int, all series, r
 			continue
 		}
 		starts(sec.name)
+		spent := result.spends(sec.name)
 		s := &stage{ctx: ctx, opts: opts, node: node, result: result}
 		if err := errors.Join(s.play(sec, incarnation, all), s.Close()); err != nil {
 			return err
 		}
+		spent()
 	}
 	return nil
 }

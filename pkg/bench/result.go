@@ -6,7 +6,10 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // schema is the version of bench.json, which docs/benchmark.md describes.
@@ -20,6 +23,8 @@ type Result struct {
 	Seconds  float64   `json:"seconds"`
 	Machine  Machine   `json:"machine"`
 	Settings Settings  `json:"settings"`
+	// Parts are what each part of the run took, in their order.
+	Parts []Part `json:"parts"`
 	// LeftOut says of each backend or workload that is missing why.
 	LeftOut map[string]string `json:"leftOut"`
 	// Notes are what a reader of the figures must know, such as what ended a ceiling.
@@ -75,6 +80,40 @@ func newResult(opts Options, started time.Time) *Result {
 		LeftOut: map[string]string{}, Notes: map[string]string{},
 		Ratios: map[string]float64{}, Intervals: map[string][2]float64{}, Units: map[string][]float64{},
 	}
+}
+
+// Part is a part of the run and what it took, over all incarnations that have it.
+type Part struct {
+	Name    string  `json:"name"`
+	Times   int     `json:"times"` // incarnations that have it
+	Seconds float64 `json:"seconds"`
+	CPU     float64 `json:"cpuSeconds"` // of this process and those that it has started
+}
+
+// spends begins to count what a part takes; the function that it returns ends that.
+func (r *Result) spends(name string) func() {
+	started, busy := time.Now(), cpuSeconds()
+	return func() {
+		i := slices.IndexFunc(r.Parts, func(p Part) bool { return p.Name == name })
+		if i < 0 {
+			i, r.Parts = len(r.Parts), append(r.Parts, Part{Name: name})
+		}
+		p := &r.Parts[i]
+		p.Times++
+		p.Seconds += time.Since(started).Seconds()
+		p.CPU += cpuSeconds() - busy
+	}
+}
+
+// cpuSeconds is the CPU time of this process and of its children that have ended.
+func cpuSeconds() (sum float64) {
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		if unix.Getrusage(who, &u) == nil { // every kernel has it
+			sum += float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9
+		}
+	}
+	return sum
 }
 
 var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory}

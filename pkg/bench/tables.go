@@ -65,6 +65,15 @@ func (r *Result) RatioTable() report.Rows {
 	return out
 }
 
+// PartTable is what the run took for people.
+func (r *Result) PartTable() report.Rows {
+	out := report.Rows{Head: []string{"PART", "TIMES", "SECONDS", "CPU SECONDS"}, Empty: "nothing was run"}
+	for _, p := range r.Parts {
+		out.Lines = append(out.Lines, []string{p.Name, fmt.Sprint(p.Times), fmt.Sprintf("%.1f", p.Seconds), fmt.Sprintf("%.1f", p.CPU)})
+	}
+	return out
+}
+
 // markdown is the whole result as a page.
 func (r *Result) markdown(charts []chart) string {
 	var out strings.Builder
@@ -82,6 +91,8 @@ func (r *Result) markdown(charts []chart) string {
 	table(&out, r.RatioTable())
 	out.WriteString("\n## Figures\n\nP is the probability of such figures if the backend and the workload's first were alike.\n\n")
 	table(&out, r.Table())
+	out.WriteString("\n## What the run took\n\n")
+	table(&out, r.PartTable())
 	list(&out, "Left out", r.LeftOut)
 	list(&out, "Notes", r.Notes)
 	list(&out, "Sysctls", m.Sysctls)
