@@ -57,8 +57,9 @@ type Row struct {
 	Metric   metric   `json:"metric"`
 	P50      Estimate `json:"p50"` // median over rounds, of their medians
 	P90      float64  `json:"p90"` // median over rounds
-	// P99 and P999 are medians over incarnations. They are absent where an
-	// incarnation has too few samples to have such a tail.
+	// P99 and P999 are medians over incarnations, or of the samples of all of them
+	// together where one has too few to have such a tail. They are absent where all
+	// have too few.
 	P99     float64 `json:"p99,omitempty"`
 	P999    float64 `json:"p999,omitempty"`
 	Min     float64 `json:"min"` // over all rounds
@@ -116,7 +117,7 @@ func cpuSeconds() (sum float64) {
 	return sum
 }
 
-var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory}
+var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory, charged}
 
 // summarise turns samples into rows and ratios.
 func (r *Result) summarise(all series) {
@@ -145,13 +146,7 @@ func (r *Result) summarise(all series) {
 
 func (f *figures) row() Row {
 	row := Row{P50: estimate(f.p50), P90: median(f.p90.values), Min: f.least(), Rounds: len(f.p50.values), Samples: f.samples()}
-	each := row.Samples / len(f.all)
-	if each >= 200 {
-		row.P99 = median(f.tail(0.99).values)
-	}
-	if each >= 2000 {
-		row.P999 = median(f.tail(0.999).values)
-	}
+	row.P99, row.P999 = f.tail(0.99, 200), f.tail(0.999, 2000)
 	return row
 }
 

@@ -35,7 +35,8 @@ const (
 	rate     metric = "rate"       // per second
 	failures metric = "failures"   // of a turn
 	held     metric = "held"       // connections at once
-	memory   metric = "memory"     // bytes of kernel memory for one
+	memory   metric = "memory"     // bytes of kernel memory for one, by /proc/meminfo
+	charged  metric = "charged"    // the same, by the memory cgroup
 )
 
 // units, for tables.
@@ -47,7 +48,7 @@ func (m metric) unit() (scale float64, unit string) {
 		return 1, "1/s"
 	case failures, held:
 		return 1, ""
-	case memory:
+	case memory, charged:
 		return 1 << 10, "KiB"
 	case cpuPerGB:
 		return 1e6, "ms"
