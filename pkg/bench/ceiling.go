@@ -32,11 +32,15 @@ func openCeiling(s *stage) ([]workload, error) {
 	var out []workload
 	for _, family := range []struct{ name, first string }{{"ceiling4", "10.0.0.1"}, {"ceiling6", "2001:db8:1::1"}} {
 		first := netip.AddrPortFrom(netip.MustParseAddr(family.first), 80)
-		out = append(out, workload{name: family.name, backends: namesOf(defs), rounds: 1, cold: true, slice: func(backend string) (sample, error) {
+		out = append(out, workload{name: family.name, backends: namesOf(defs), rounds: 1, cold: true, ratios: ceilingRatios, slice: func(backend string) (sample, error) {
 			return s.ceiling(m, named(defs, backend)[0], family.name, first)
 		}})
 	}
 	return out, nil
+}
+
+func ceilingRatios(r *Result, m *measured) {
+	r.set(m.workload.name+"_held", m.p50(sluice, held))
 }
 
 func (s *stage) ceiling(m *meter, def definition, name string, to netip.AddrPort) (_ sample, err error) {

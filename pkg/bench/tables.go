@@ -77,13 +77,19 @@ func (r *Result) PartTable() report.Rows {
 // markdown is the whole result as a page.
 func (r *Result) markdown(charts []chart) string {
 	var out strings.Builder
-	m := r.Machine
+	m, source := r.Machine, ""
+	if m.Sluice != "" {
+		source = ", revision " + m.Sluice
+	}
 	fmt.Fprintf(&out, "# Benchmark of %s\n\n", r.Started.Format("2006-01-02 15:04 MST"))
-	fmt.Fprintf(&out, "%s, %d CPUs, kernel %s, %s; %d incarnations of %d rounds, %.0f s; %s.\n\n",
-		m.CPU, m.CPUs, m.Kernel, m.Go, r.Settings.Incarnations, r.Settings.Rounds, r.Seconds, r.Settings.Placement)
+	fmt.Fprintf(&out, "%s, %d CPUs, kernel %s, %s%s; %d incarnations of %d rounds, %.0f s; %s.\n\n",
+		m.CPU, m.CPUs, m.Kernel, m.Go, source, r.Settings.Incarnations, r.Settings.Rounds, r.Seconds, r.Settings.Placement)
 	if r.Settings.DelayNS > 0 {
 		fmt.Fprintf(&out, "**Sluice's stand-in was delayed by %d ns on purpose.**\n\n", r.Settings.DelayNS)
 	}
+	out.WriteString("## Goals\n\n\"Undecided\": the interval reaches over the goal's edge.\n\n")
+	table(&out, r.GoalTable())
+	out.WriteString("\n## Charts\n\n")
 	for _, c := range charts {
 		fmt.Fprintf(&out, "![%s](%s.svg)\n\n", c.title, c.name)
 	}
