@@ -40,7 +40,7 @@ func LastCPU() int { return runtime.NumCPU() - 1 }
 // as they live, by where their memory happens to be. So a run consists of
 // several incarnations, each with new namespaces, processes and programs.
 const (
-	quickRounds, quickIncarnations = 12, 4
+	quickRounds, quickIncarnations = 12, 6
 	fullRounds, fullIncarnations   = 24, 10
 )
 

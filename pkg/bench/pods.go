@@ -25,7 +25,7 @@ const (
 )
 
 func podsSections() []section {
-	return []section{{name: "pods", workloads: []string{"pods", "pods_enroll", "pod_memory"}, quick: 1, full: 2, open: openPods}}
+	return []section{{name: "pods", workloads: []string{"pods", "pods_enroll", "pod_memory"}, quick: 1, full: 4, open: openPods}}
 }
 
 // crowd is nodes with ever more pods, side by side, so that what one pod does with

@@ -12,7 +12,7 @@ import (
 func setupSections() []section {
 	return []section{
 		{name: "enroll", workloads: []string{"enroll"}, quick: 3, open: openEnroll},
-		{name: "pod set-up", workloads: []string{"enroll_100", "cni_add", "cni_add_100"}, quick: -1, full: 3, open: openSetup},
+		{name: "pod set-up", workloads: []string{"enroll_100", "cni_add", "cni_add_100"}, quick: -1, full: 4, open: openSetup},
 	}
 }
 
@@ -102,7 +102,7 @@ func openSetup(s *stage) ([]workload, error) {
 	}
 	return []workload{
 		many,
-		{name: "cni_add", backends: []string{sluice}, rounds: 70, slice: func(string) (sample, error) { return add(sites[:1]) }},
+		{name: "cni_add", backends: []string{sluice}, rounds: 55, slice: func(string) (sample, error) { return add(sites[:1]) }},
 		{name: "cni_add_100", backends: []string{sluice}, rounds: 4, cold: true, slice: func(string) (sample, error) { return add(sites) }},
 	}, nil
 }
