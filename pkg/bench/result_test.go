@@ -176,6 +176,32 @@ func TestCompareShowsWhatDiffersAndOnlyThat(t *testing.T) {
 	}
 }
 
+func TestTheShortTableHasTheCheaperIptables(t *testing.T) {
+	for _, want := range [][]string{
+		{"outbound connect + echo + close: added", "20.0 us", "2.0 us", "1.0 us"},
+		{"echo on an open connection, inbound: added", "20.0 %", "2.0 %", "1.0 %"},
+		{"setting up one pod", "0.12 ms", "0.10 ms", "0.10 ms"},
+	} {
+		lines := inMicroseconds(madeUp(t, 1)).ShortTable().Lines
+		if !slices.ContainsFunc(lines, func(l []string) bool { return slices.Equal(l, want) }) {
+			t.Errorf("there is no line %v in %v", want, lines)
+		}
+	}
+}
+
+// inMicroseconds makes the durations of a made up result a thousand times longer.
+func inMicroseconds(r *Result) *Result {
+	for name := range r.Ratios {
+		if strings.HasSuffix(name, "_ns") {
+			r.Ratios[name] *= 1000
+		}
+	}
+	for i := range r.Rows {
+		r.Rows[i].P50.Value *= 1000
+	}
+	return r
+}
+
 func TestAGoalIsMetByTheWholeInterval(t *testing.T) {
 	g := goal{"", "x", 0.99, 1.01}
 	for _, c := range []struct {

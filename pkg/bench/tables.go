@@ -87,7 +87,9 @@ func (r *Result) markdown(charts []chart) string {
 	if r.Settings.DelayNS > 0 {
 		fmt.Fprintf(&out, "**Sluice's stand-in was delayed by %d ns on purpose.**\n\n", r.Settings.DelayNS)
 	}
-	out.WriteString("## Goals\n\n\"Undecided\": the interval reaches over the goal's edge.\n\n")
+	out.WriteString("## In short\n\n")
+	table(&out, r.ShortTable())
+	out.WriteString("\n## Goals\n\n\"Undecided\": the interval reaches over the goal's edge.\n\n")
 	table(&out, r.GoalTable())
 	out.WriteString("\n## Charts\n\n")
 	for _, c := range charts {
