@@ -64,9 +64,9 @@ func TestTheMeterSeesWhatTheKernelTakesForUs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := after.since(before, sockets)
-	if kib := got[charged][0] / 1024; kib < 1 || kib > 10 {
-		t.Errorf("a TCP socket is charged with %.2f KiB, want 1 to 10", kib)
+	got := after.since(before, sockets)[charged]
+	if len(got) != 1 || got[0] < 1<<10 || got[0] > 10<<10 {
+		t.Errorf("a TCP socket is charged with %.0f bytes, want 1,024 to 10,240", got)
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)
