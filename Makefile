@@ -116,6 +116,14 @@ bench: root go-is-there ## measure Sluice beside iptables, nftables and no mesh,
 	@$(MAKE) build
 	bin/sluicectl bench --out $(BENCH_OUT) $(BENCHFLAGS)
 
+.PHONY: bench-docs
+bench-docs: root go-is-there ## measure everything on a quiet machine, and put the result and its charts into docs/benchmark/ (root)
+	@$(MAKE) bench
+	mkdir -p docs/benchmark
+	rm -f docs/benchmark/*.svg
+	cp $(BENCH_OUT)/*.svg docs/benchmark/
+	cp $(BENCH_OUT)/bench.md docs/benchmark/result.md
+
 .PHONY: bench-check
 bench-check: root go-is-there ## measure quickly, and fail if a ratio leaves its band (docs/benchmark.md) (root)
 	$(DEPS) bench

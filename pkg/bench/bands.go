@@ -51,6 +51,10 @@ func (r *Result) judge(w io.Writer) (beyond []band) {
 	return beyond
 }
 
+// selfTests is how often the check tests itself at most: where a machine is so
+// busy that the intervals are wide, a delay may not show at once.
+const selfTests = 3
+
 // Check judges a run by the bands. What is beyond is measured once more, and has to
 // be beyond again. Then it tests itself: with a delay in Sluice's path the bands
 // must be left. What it does goes to w.
@@ -66,27 +70,34 @@ func Check(ctx context.Context, first *Result, opts Options, w io.Writer) error 
 		}
 		beyond = again.judge(w)
 	}
-	fmt.Fprintf(w, "The check's test of itself, %s of delay at each accept and echo:\n", Delay)
-	opts.Delay = Delay
-	slowed, err := Run(ctx, opts)
-	if err != nil {
-		return err
-	}
-	if err := noticed(slowed.judge(w)); err != nil {
-		return err
-	}
 	if len(beyond) > 0 {
 		return fmt.Errorf("%s is beyond its band, twice: see above", beyond[0].ratio)
 	}
-	return nil
+	return selfTest(ctx, opts, w)
+}
+
+// selfTest sees whether the bands are left when Sluice is slowed down.
+func selfTest(ctx context.Context, opts Options, w io.Writer) error {
+	opts.Delay = Delay
+	left := map[string]bool{}
+	for i := range selfTests {
+		fmt.Fprintf(w, "The check's test of itself, %s of delay at each accept and echo (%d of at most %d):\n", Delay, i+1, selfTests)
+		slowed, err := Run(ctx, opts)
+		if err != nil {
+			return err
+		}
+		for _, b := range slowed.judge(w) {
+			left[b.ratio] = true
+		}
+		if noticed(left) == nil {
+			break
+		}
+	}
+	return noticed(left)
 }
 
 // noticed says whether every band that a delay is in has been left.
-func noticed(beyond []band) error {
-	left := map[string]bool{}
-	for _, b := range beyond {
-		left[b.ratio] = true
-	}
+func noticed(left map[string]bool) error {
 	for _, b := range bands {
 		if b.delay && !left[b.ratio] {
 			return fmt.Errorf("the check cannot be trusted: %s stays in its band although %s of delay were put in", b.ratio, Delay)

@@ -40,7 +40,7 @@ func LastCPU() int { return runtime.NumCPU() - 1 }
 // as they live, by where their memory happens to be. So a run consists of
 // several incarnations, each with new namespaces, processes and programs.
 const (
-	quickRounds, quickIncarnations = 12, 4
+	quickRounds, quickIncarnations = 12, 6
 	fullRounds, fullIncarnations   = 24, 10
 )
 
@@ -65,9 +65,10 @@ func (o Options) incarnations() int {
 type section struct {
 	name      string
 	workloads []string // their names, which Only chooses from
-	// times is how many incarnations have this section: in quick runs and in full
-	// ones; 0 is all of them, -1 none.
+	// quick and full are how many incarnations have this section, in runs of either
+	// kind; 0 is all of them, -1 none.
 	quick, full int
+	long        []string // workloads that quick runs leave out
 	// open makes what the workloads need; what it registers with closing is undone
 	// after the section.
 	open func(s *stage) ([]workload, error)
@@ -89,8 +90,19 @@ func (sec section) runs(o Options, incarnation int) bool {
 	if len(o.Only) > 0 && times < 0 && o.Quick {
 		times = 1 // asked for by name
 	}
-	return incarnation < times && (len(o.Only) == 0 || slices.ContainsFunc(sec.workloads, func(name string) bool { return slices.Contains(o.Only, name) }))
+	return incarnation < times && slices.ContainsFunc(sec.workloads, func(name string) bool { return sec.has(o, name) })
 }
+
+// has says whether a run has one of a section's workloads.
+func (sec section) has(o Options, name string) bool {
+	if len(o.Only) > 0 {
+		return slices.Contains(o.Only, name)
+	}
+	return !o.Quick || sec.quick >= 0 && !slices.Contains(sec.long, name)
+}
+
+// errLong is why a quick run leaves something out.
+var errLong = errors.New("takes long: in full runs only")
 
 func (o Options) check() error {
 	var known []string
@@ -154,6 +166,9 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 			}
 		}
 	}
+	if len(opts.Only) == 0 {
+		result.leaveOutLong(opts)
+	}
 	for i := range opts.incarnations() {
 		err := incarnate(ctx, opts, i, all, result, func(name string) {
 			opts.Progress(Progress{name, done, of})
@@ -169,22 +184,40 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 	return result, nil
 }
 
+// leaveOutLong notes what a quick run does not have.
+func (r *Result) leaveOutLong(o Options) {
+	for _, sec := range sections() {
+		missing := slices.DeleteFunc(slices.Clone(sec.workloads), func(name string) bool { return sec.has(o, name) })
+		if len(missing) > 0 {
+			r.LeftOut[strings.Join(missing, ", ")] = errLong.Error() + ", or named by --only"
+		}
+	}
+}
+
 // incarnate plays each section once, on a node of their own.
 func incarnate(ctx context.Context, opts Options, incarnation int, all series, result *Result, starts func(name string)) (err error) {
+	spent := result.spends("node")
 	node, err := newNode()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, node.Close()) }()
+	spent()
+	defer func() {
+		spent := result.spends("node, its end")
+		err = errors.Join(err, node.Close())
+		spent()
+	}()
 	for _, sec := range sections() {
 		if !sec.runs(opts, incarnation) {
 			continue
 		}
 		starts(sec.name)
+		spent := result.spends(sec.name)
 		s := &stage{ctx: ctx, opts: opts, node: node, result: result}
 		if err := errors.Join(s.play(sec, incarnation, all), s.Close()); err != nil {
 			return err
 		}
+		spent()
 	}
 	return nil
 }
@@ -196,7 +229,7 @@ func (s *stage) play(sec section, incarnation int, all series) error {
 		return fmt.Errorf("%s: %w", sec.name, err)
 	}
 	for _, w := range workloads {
-		if len(s.opts.Only) > 0 && !slices.Contains(s.opts.Only, w.name) || len(w.backends) == 0 {
+		if !sec.has(s.opts, w.name) || len(w.backends) == 0 {
 			continue
 		}
 		if w.rounds == 0 {

@@ -24,18 +24,26 @@ func ceilingSections() []section {
 // openCeiling: connections from one pod to distinct destinations, held until one
 // fails. Each contestant has a namespace of its own and gives it back afterwards.
 func openCeiling(s *stage) ([]workload, error) {
+	m, err := s.newMeter()
+	if err != nil {
+		return nil, err
+	}
 	defs := append(of(definitions(), floor, ours), named(definitions(), "iptables-nft", "iptables-legacy")...)
 	var out []workload
 	for _, family := range []struct{ name, first string }{{"ceiling4", "10.0.0.1"}, {"ceiling6", "2001:db8:1::1"}} {
 		first := netip.AddrPortFrom(netip.MustParseAddr(family.first), 80)
-		out = append(out, workload{name: family.name, backends: namesOf(defs), rounds: 1, cold: true, slice: func(backend string) (sample, error) {
-			return s.ceiling(named(defs, backend)[0], family.name, first)
+		out = append(out, workload{name: family.name, backends: namesOf(defs), rounds: 1, cold: true, ratios: ceilingRatios, slice: func(backend string) (sample, error) {
+			return s.ceiling(m, named(defs, backend)[0], family.name, first)
 		}})
 	}
 	return out, nil
 }
 
-func (s *stage) ceiling(def definition, name string, to netip.AddrPort) (_ sample, err error) {
+func ceilingRatios(r *Result, m *measured) {
+	r.set(m.workload.name+"_held", m.p50(sluice, held))
+}
+
+func (s *stage) ceiling(m *meter, def definition, name string, to netip.AddrPort) (_ sample, err error) {
 	s.node.ipv6 = true
 	defer func() { s.node.ipv6 = false }()
 	b, err := s.start(def, world{rules: rules.Default(), noFar: true, ipv6: true})
@@ -56,76 +64,97 @@ func (s *stage) ceiling(def definition, name string, to netip.AddrPort) (_ sampl
 			to = netip.MustParseAddrPort("[::1]:15001")
 		}
 	}
-	before, err := kernelMemory()
+	before, err := m.read()
 	if err != nil {
 		return nil, err
 	}
-	got, failure, err := s.holdMany(b, to, !b.redirects() && to.Addr().Is6())
+	h := holding{stage: s, backend: b, one: !b.redirects() && to.Addr().Is6()}
+	defer func() { err = errors.Join(err, h.Close()) }()
+	if err := h.many(to); err != nil {
+		return nil, err
+	}
+	after, err := m.read()
 	if err != nil {
 		return nil, err
 	}
-	after, err := kernelMemory()
-	if err != nil {
-		return nil, err
+	if h.failure != "" {
+		s.result.Notes[name+", "+def.name] = fmt.Sprintf("ended at %d connections: %s", h.got, h.failure)
 	}
-	if failure != "" {
-		s.result.Notes[name+", "+def.name] = fmt.Sprintf("ended at %d connections: %s", got, failure)
-	}
-	return sample{held: {float64(got)}, memory: {(after - before) / float64(max(got, 1))}}, nil
+	out := after.since(before, max(h.got, 1))
+	out[held] = []float64{float64(h.got)}
+	return out, nil
 }
 
-// holdMany opens connections with as many pairs of processes as the limit of open
+// holding is the connections that are held, and who holds them.
+type holding struct {
+	*stage
+	*backend
+	one     bool // there is one destination only
+	running []*process
+	got     int
+	failure string // what ended it; empty: the target was reached
+}
+
+// Close gives the connections back.
+func (h *holding) Close() error {
+	var err error
+	for _, p := range h.running {
+		err = errors.Join(err, p.Close())
+	}
+	h.running = nil
+	return err
+}
+
+// many opens connections with as many pairs of processes as the limit of open
 // files asks for. The stand-in's processes share its listener.
-//
-// One is true where there is one destination only.
-func (s *stage) holdMany(b *backend, to netip.AddrPort, one bool) (got int, failure string, err error) {
-	listener, err := s.listenerOf(b, to.Addr().Is6())
+func (h *holding) many(to netip.AddrPort) error {
+	listener, err := h.listenerOf(to.Addr().Is6())
 	if err != nil {
-		return 0, "", err
+		return err
 	}
 	defer listener.Close()
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 0, "", fmt.Errorf("read the limit of open files: %w", err)
+		return fmt.Errorf("read the limit of open files: %w", err)
 	}
 	each := int(min(limit.Max-spareFiles, 40_000))
-	cgroup := s.cgroupOf(b)
-	var running []*process
-	defer func() {
-		for _, p := range running {
-			err = errors.Join(err, p.Close())
-		}
-	}()
-	for got < target && failure == "" {
-		app, err := s.worker("app", b.site.pod, cgroup, appID)
+	for h.got < target && h.failure == "" {
+		done, err := h.some(to, min(each, target-h.got), listener)
 		if err != nil {
-			return got, "", err
+			return err
 		}
-		running = append(running, app)
-		proxy, err := startWorker(s.ctx, "proxy", b.site.pod, cgroup, Identity{UID: proxyID, GID: proxyID, CPU: s.opts.CPU, Inherits: true}, listener)
-		if err != nil {
-			return got, "", err
-		}
-		running = append(running, proxy)
-		count := min(each, target-got)
-		if err := proxy.send(job{Kind: jobServeHold, Addr: inherited, Count: count}); err != nil {
-			return got, "", err
-		}
-		held, err := app.call(job{Kind: jobHold, Addr: to, Count: count, Same: one})
-		served, serveErr := proxy.receive()
-		if err := errors.Join(err, serveErr); err != nil {
-			return got, "", err
-		}
-		got += held.Done
-		failure = held.Failure
-		if err := servedRight(b, held, served); err != nil {
-			return got, "", err
-		}
-		for i := 0; i < held.Done && !one; i++ {
+		for i := 0; i < done && !h.one; i++ {
 			to = netip.AddrPortFrom(to.Addr().Next(), to.Port())
 		}
 	}
-	return got, failure, nil
+	return nil
+}
+
+// some opens up to count connections by a pair of processes.
+func (h *holding) some(to netip.AddrPort, count int, listener *os.File) (int, error) {
+	cgroup := h.cgroupOf(h.backend)
+	app, err := h.worker("app", h.site.pod, cgroup, appID)
+	if err != nil {
+		return 0, err
+	}
+	h.running = append(h.running, app)
+	proxy, err := startWorker(h.ctx, "proxy", h.site.pod, cgroup, Identity{UID: proxyID, GID: proxyID, CPU: h.opts.CPU, Inherits: true}, listener)
+	if err != nil {
+		return 0, err
+	}
+	h.running = append(h.running, proxy)
+	if err := proxy.send(job{Kind: jobServeHold, Addr: inherited, Count: count}); err != nil {
+		return 0, err
+	}
+	held, err := app.call(job{Kind: jobHold, Addr: to, Count: count, Same: h.one})
+	nextErr := proxy.send(job{Kind: jobNumber, Addr: inherited}) // it need not wait for more
+	served, serveErr := proxy.receive()
+	if err := errors.Join(err, nextErr, serveErr); err != nil {
+		return 0, err
+	}
+	h.got += held.Done
+	h.failure = held.Failure
+	return held.Done, servedRight(h.backend, held, served)
 }
 
 // servedRight says whether the stand-in accepted all that the app holds, and was
@@ -143,7 +172,7 @@ func servedRight(b *backend, held, served reply) error {
 
 // listenerOf is the stand-in's listener on the outbound port, by a descriptor of
 // our own.
-func (s *stage) listenerOf(b *backend, v6 bool) (*os.File, error) {
+func (b *backend) listenerOf(v6 bool) (*os.File, error) {
 	at := outboundPort
 	if v6 {
 		at = outboundPort6

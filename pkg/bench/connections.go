@@ -9,6 +9,7 @@ func connectionSections() []section {
 			"outbound_connect", "inbound_connect", "outbound_echo", "inbound_echo", "outbound_echo_4k", "inbound_echo_4k",
 			"direct_connect", "direct_echo", "direct_echo_16k",
 		},
+		long: []string{"outbound_echo_4k", "inbound_echo_4k", "direct_connect", "direct_echo", "direct_echo_16k"},
 		open: openConnections,
 	}}
 }
@@ -36,20 +37,15 @@ func openConnections(s *stage) ([]workload, error) {
 	withControl := of(defs, floor, rival, ours, control)
 	inbound := of(defs, floor, rival, ours, variant)
 	guards := append(of(defs, floor, rival, ours), named(defs, noGuard)...)
-	first := []workload{
+	return []workload{
 		s.overLeg("outbound_connect", dial, (*backend).outbound, f, withControl),
 		s.overLeg("inbound_connect", dial, (*backend).inbound, f, defs),
 		s.overLeg("outbound_echo", echo, (*backend).outbound, f, plain),
 		s.overLeg("inbound_echo", echo, (*backend).inbound, f, inbound),
-	}
-	if s.opts.Quick && len(s.opts.Only) == 0 {
-		return first, nil
-	}
-	return append(first,
 		s.overLeg("outbound_echo_4k", page, (*backend).outbound, f, plain),
 		s.overLeg("inbound_echo_4k", page, (*backend).inbound, f, inbound),
 		s.overLeg("direct_connect", dial, (*backend).direct, f, guards),
 		s.overLeg("direct_echo", echo, (*backend).direct, f, guards),
 		s.overLeg("direct_echo_16k", bulk, (*backend).direct, f, guards),
-	), nil
+	}, nil
 }

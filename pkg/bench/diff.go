@@ -80,8 +80,10 @@ func Unlike(a, b *Result) []string {
 }
 
 func ratioFormat(name string) string {
-	if strings.HasSuffix(name, "_ns") || strings.HasSuffix(name, "_bytes") {
-		return "%.0f"
+	for _, suffix := range []string{"_ns", "_bytes", "_held"} {
+		if strings.HasSuffix(name, suffix) {
+			return "%.0f"
+		}
 	}
 	return "%.3f"
 }

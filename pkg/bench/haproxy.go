@@ -18,7 +18,7 @@ import (
 )
 
 func haproxySections() []section {
-	return []section{{name: "haproxy", workloads: []string{"haproxy_keepalive", "haproxy_close"}, quick: -1, full: 2, open: openHAProxy}}
+	return []section{{name: "haproxy", workloads: []string{"haproxy_keepalive", "haproxy_close"}, quick: -1, full: 4, open: openHAProxy}}
 }
 
 // via is the header that the pod's HAProxy puts into what passes it.
@@ -89,7 +89,7 @@ func openHAProxy(s *stage) ([]workload, error) {
 		names = append(names, def.name)
 	}
 	with := func(name, header string) workload {
-		return workload{name: name, backends: names, rounds: 5, cold: true, ratios: throughputRatios(rate), slice: func(name string) (sample, error) {
+		return workload{name: name, backends: names, rounds: 3, cold: true, ratios: throughputRatios(rate), slice: func(name string) (sample, error) {
 			return s.wrk(sites[name], header)
 		}}
 	}

@@ -46,8 +46,9 @@ func hold(j job) (reply, error) {
 	return out, nil
 }
 
-// idle is how long serveHold waits for another connection, longer than dialTo does.
-const idle = patience + 3*time.Second
+// idle is how long serveHold waits for another connection before it looks whether
+// the next job is there, which says that no more will come.
+const idle = 500 * time.Millisecond
 
 // serveHold accepts and keeps. Every connection must say where it was going:
 // Answered counts those that did, of Accepted.
@@ -58,9 +59,12 @@ func serveHold(listener int, j job) (reply, error) {
 	if err := unix.SetsockoptTimeval(listener, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &waited); err != nil {
 		return out, fmt.Errorf("setsockopt: %w", err)
 	}
-	for range j.Count {
+	for out.Accepted < j.Count {
 		fd, from, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 		if errors.Is(err, unix.EAGAIN) {
+			if !nextJob() {
+				continue
+			}
 			break
 		}
 		if err != nil {
@@ -75,6 +79,13 @@ func serveHold(listener int, j job) (reply, error) {
 	}
 	out.note(&original)
 	return out, nil
+}
+
+// nextJob says whether this worker has another job, or has lost its parent.
+func nextJob() bool {
+	in := []unix.PollFd{{Fd: 0, Events: unix.POLLIN}}
+	n, err := unix.Poll(in, 0)
+	return n > 0 || err != nil && !errors.Is(err, unix.EINTR)
 }
 
 // ask6 is ask for IPv6.

@@ -8,7 +8,6 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
@@ -16,85 +15,136 @@ import (
 // podCounts are how many pods are enrolled on a node.
 var podCounts = []int{1, 10, 100, 1000}
 
+const (
+	// weighable is from how many pods on their memory is told: readings are off by
+	// some hundred KiB.
+	weighable = 100
+	// rivalPods is how many pods a firewall's memory is taken over: it has nothing
+	// that pods share.
+	rivalPods = 100
+)
+
 func podsSections() []section {
-	return []section{{name: "pods", workloads: []string{"pods", "pod_memory"}, quick: 1, full: 2, open: openPods}}
+	return []section{{name: "pods", workloads: []string{"pods", "pods_enroll", "pod_memory"}, quick: 1, full: 4, open: openPods}}
 }
 
-// openPods makes one node for each count, side by side, so that connections with
-// one pod and with a thousand are compared within a round. In each a single pod
-// has processes. A quick run has the fewest and the most.
+// crowd is nodes with ever more pods, side by side, so that what one pod does with
+// one and with a thousand beside it is compared within a round.
+type crowd struct {
+	names []string // of the nodes, by how many pods they have
+	pod   fleet    // the one pod of each that has processes
+	spare map[string]*backend
+	used  map[string]sample // memory for each pod, by node or rival
+	heavy []string          // those that used has
+}
+
+// openPods makes the nodes. A quick run has the fewest pods and the most, and no
+// firewalls.
 func openPods(s *stage) ([]workload, error) {
-	counts := podCounts
-	if s.opts.Quick {
-		counts = []int{1, 1000}
+	m, err := s.newMeter()
+	if err != nil {
+		return nil, err
 	}
-	pods := workload{name: "pods", rounds: 4 * s.opts.rounds(), ratios: podsRatios}
-	used := workload{name: "pod_memory", rounds: 1, cold: true}
-	all, bytes := fleet{}, map[string]float64{}
-	def := named(definitions(), sluice)
+	counts, rivals := podCounts, of(definitions(), rival)
+	if s.opts.Quick {
+		counts, rivals = []int{1, 1000}, nil
+		s.leaveOut("pods: 10 and 100, and the memory of firewalls", errLong)
+	}
+	c := crowd{pod: fleet{}, spare: map[string]*backend{}, used: map[string]sample{}}
 	for _, count := range counts {
-		on := *s // the pod that is alone is on the run's own node
-		if count > 1 {
-			var err error
-			if on.node, err = newNode(); err != nil {
-				return nil, err
-			}
-			s.closing(on.node.Close)
-		}
-		f, err := on.fleet(def, world{rules: rules.Default(), noFar: true}, (*backend).prove)
-		if err != nil {
+		if err := s.crowded(&c, m, count); err != nil {
 			return nil, err
 		}
-		s.closing(f.Close)
-		name := level(sluice, count)
-		all[name] = f[sluice]
-		pods.backends = append(pods.backends, name)
-		if count > 1 {
-			bytes[name], err = s.fill(on.node, count-1)
-			if errors.Is(err, errTooSlow) {
-				s.leaveOut(name, err)
-				delete(all, name)
-				pods.backends = pods.backends[:len(pods.backends)-1]
-				continue
-			}
-			if err != nil {
-				return nil, err
-			}
-			used.backends = append(used.backends, name)
+	}
+	for _, def := range rivals {
+		pods, err := s.fillers(rivalPods)
+		if err == nil {
+			err = s.weigh(&c, m, level(def.name, rivalPods), s.node, def, pods)
+		}
+		if s.ctx.Err() != nil {
+			return nil, s.ctx.Err()
+		}
+		if err != nil {
+			s.leaveOut("pod_memory, "+def.name, err)
 		}
 	}
-	pods.slice = func(name string) (sample, error) {
-		r, err := all[name].outbound().run(job{Kind: jobDial, Warm: warmConns, Count: turnConns, Size: echoBytes})
-		return sample{total: r.Total, connect: r.Connect}, err
-	}
-	used.slice = func(name string) (sample, error) { return sample{memory: {bytes[name]}}, nil }
-	used.ratios = func(r *Result, m *measured) {
-		for _, name := range m.workload.backends {
-			r.set(snake("pod_memory_"+name)+"_bytes", m.p50(name, memory))
-		}
-	}
-	return []workload{pods, used}, nil
+	return c.workloads(s), nil
 }
 
-// fill enrolls n more pods on a node and returns how many bytes of kernel memory
-// each took. Their namespaces are there before the first reading.
-func (s *stage) fill(n *node, count int) (bytes float64, err error) {
-	pods, err := s.fillers(count)
-	if err != nil {
-		return 0, err
-	}
-	before, err := kernelMemory()
-	if err != nil {
-		return 0, err
-	}
-	for _, pod := range pods {
-		if _, err := n.datapath.Enroll(pod, datapath.Pod{Rules: rules.Default()}); err != nil {
-			return 0, err
+// crowded makes a node with so many pods, or leaves it out.
+func (s *stage) crowded(c *crowd, m *meter, count int) error {
+	on, name, def := *s, level(sluice, count), named(definitions(), sluice)
+	if count > 1 { // the pod that is alone is on the run's own node
+		var err error
+		if on.node, err = newNode(); err != nil {
+			return err
+		}
+		s.closing(on.node.Close)
+		pods, err := s.fillers(count - 1)
+		if errors.Is(err, errTooSlow) {
+			s.leaveOut(name, err)
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.weigh(c, m, name, on.node, def[0], pods); err != nil {
+			return err
 		}
 	}
-	time.Sleep(100 * time.Millisecond) // what the kernel frees meanwhile it frees by RCU
-	after, err := kernelMemory()
-	return (after - before) / float64(count), err
+	f, err := on.fleet(def, world{rules: rules.Default(), noFar: true}, (*backend).prove)
+	if err != nil {
+		return err
+	}
+	s.closing(f.Close)
+	spare, err := on.start(def[0], world{rules: rules.Default(), noWork: true})
+	if err != nil {
+		return err
+	}
+	s.closing(spare.Close)
+	c.names, c.pod[name], c.spare[name] = append(c.names, name), f[sluice], spare
+	return nil
+}
+
+// weigh redirects pods, and notes how much kernel memory that took for each.
+func (s *stage) weigh(c *crowd, m *meter, name string, n *node, def definition, pods []*netns.NetNS) error {
+	before, err := m.read()
+	if err != nil {
+		return err
+	}
+	for _, pod := range pods {
+		if err := def.redirect(n, pod, rules.Default()); err != nil {
+			return err
+		}
+	}
+	after, err := m.read()
+	if err == nil && len(pods) >= weighable-1 {
+		c.used[name], c.heavy = after.since(before, len(pods)), append(c.heavy, name)
+	}
+	return err
+}
+
+func (c *crowd) workloads(s *stage) []workload {
+	return []workload{
+		{name: "pods", backends: c.names, rounds: 4 * s.opts.rounds(), ratios: podsRatios, slice: func(name string) (sample, error) {
+			r, err := c.pod[name].outbound().run(job{Kind: jobDial, Warm: warmConns, Count: turnConns, Size: echoBytes})
+			return sample{total: r.Total, connect: r.Connect}, err
+		}},
+		{name: "pods_enroll", backends: c.names, ratios: podsRatios, slice: func(name string) (sample, error) {
+			took, err := c.spare[name].setUpAgain()
+			return sample{total: {took}}, err
+		}},
+		{
+			name: "pod_memory", backends: c.heavy, rounds: 1, cold: true,
+			slice: func(name string) (sample, error) { return c.used[name], nil },
+			ratios: func(r *Result, m *measured) {
+				for _, name := range m.workload.backends {
+					r.set(snake("pod_memory_"+name)+"_bytes", m.p50(name, memory))
+					r.set(snake("pod_memory_"+name)+"_charged_bytes", m.p50(name, charged))
+				}
+			},
+		},
+	}
 }
 
 // errTooSlow is for a machine on which others make namespaces too: the kernel has
@@ -155,7 +205,7 @@ func podsRatios(r *Result, m *measured) {
 	for _, count := range podCounts[1:] {
 		name := level(sluice, count)
 		if slices.Contains(m.workload.backends, name) {
-			r.set(fmt.Sprintf("pods_%d_vs_1", count), over(m.p50(name, total), m.p50(level(sluice, 1), total)))
+			r.set(fmt.Sprintf("%s_%d_vs_1", m.workload.name, count), over(m.p50(name, total), m.p50(level(sluice, 1), total)))
 		}
 	}
 }

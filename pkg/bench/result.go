@@ -6,7 +6,10 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // schema is the version of bench.json, which docs/benchmark.md describes.
@@ -20,6 +23,8 @@ type Result struct {
 	Seconds  float64   `json:"seconds"`
 	Machine  Machine   `json:"machine"`
 	Settings Settings  `json:"settings"`
+	// Parts are what each part of the run took, in their order.
+	Parts []Part `json:"parts"`
 	// LeftOut says of each backend or workload that is missing why.
 	LeftOut map[string]string `json:"leftOut"`
 	// Notes are what a reader of the figures must know, such as what ended a ceiling.
@@ -52,8 +57,9 @@ type Row struct {
 	Metric   metric   `json:"metric"`
 	P50      Estimate `json:"p50"` // median over rounds, of their medians
 	P90      float64  `json:"p90"` // median over rounds
-	// P99 and P999 are medians over incarnations. They are absent where an
-	// incarnation has too few samples to have such a tail.
+	// P99 and P999 are medians over incarnations, or of the samples of all of them
+	// together where one has too few to have such a tail. They are absent where all
+	// have too few.
 	P99     float64 `json:"p99,omitempty"`
 	P999    float64 `json:"p999,omitempty"`
 	Min     float64 `json:"min"` // over all rounds
@@ -77,7 +83,41 @@ func newResult(opts Options, started time.Time) *Result {
 	}
 }
 
-var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory}
+// Part is a part of the run and what it took, over all incarnations that have it.
+type Part struct {
+	Name    string  `json:"name"`
+	Times   int     `json:"times"` // incarnations that have it
+	Seconds float64 `json:"seconds"`
+	CPU     float64 `json:"cpuSeconds"` // of this process and those that it has started
+}
+
+// spends begins to count what a part takes; the function that it returns ends that.
+func (r *Result) spends(name string) func() {
+	started, busy := time.Now(), cpuSeconds()
+	return func() {
+		i := slices.IndexFunc(r.Parts, func(p Part) bool { return p.Name == name })
+		if i < 0 {
+			i, r.Parts = len(r.Parts), append(r.Parts, Part{Name: name})
+		}
+		p := &r.Parts[i]
+		p.Times++
+		p.Seconds += time.Since(started).Seconds()
+		p.CPU += cpuSeconds() - busy
+	}
+}
+
+// cpuSeconds is the CPU time of this process and of its children that have ended.
+func cpuSeconds() (sum float64) {
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		if unix.Getrusage(who, &u) == nil { // every kernel has it
+			sum += float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9
+		}
+	}
+	return sum
+}
+
+var metrics = []metric{total, connect, cpu, p99, gbits, cpuPerGB, rate, failures, held, memory, charged}
 
 // summarise turns samples into rows and ratios.
 func (r *Result) summarise(all series) {
@@ -106,13 +146,7 @@ func (r *Result) summarise(all series) {
 
 func (f *figures) row() Row {
 	row := Row{P50: estimate(f.p50), P90: median(f.p90.values), Min: f.least(), Rounds: len(f.p50.values), Samples: f.samples()}
-	each := row.Samples / len(f.all)
-	if each >= 200 {
-		row.P99 = median(f.tail(0.99).values)
-	}
-	if each >= 2000 {
-		row.P999 = median(f.tail(0.999).values)
-	}
+	row.P99, row.P999 = f.tail(0.99, 200), f.tail(0.999, 2000)
 	return row
 }
 

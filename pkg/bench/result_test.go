@@ -175,3 +175,57 @@ func TestCompareShowsWhatDiffersAndOnlyThat(t *testing.T) {
 		t.Errorf("another kernel gave the warnings %q", got)
 	}
 }
+
+func TestTheShortTableHasTheCheaperIptables(t *testing.T) {
+	for _, want := range [][]string{
+		{"outbound connect + echo + close: added", "20.0 us", "2.0 us", "1.0 us"},
+		{"echo on an open connection, inbound: added", "20.0 %", "2.0 %", "1.0 %"},
+		{"setting up one pod", "0.12 ms", "0.10 ms", "0.10 ms"},
+	} {
+		lines := inMicroseconds(madeUp(t, 1)).ShortTable().Lines
+		if !slices.ContainsFunc(lines, func(l []string) bool { return slices.Equal(l, want) }) {
+			t.Errorf("there is no line %v in %v", want, lines)
+		}
+	}
+}
+
+// inMicroseconds makes the durations of a made up result a thousand times longer.
+func inMicroseconds(r *Result) *Result {
+	for name := range r.Ratios {
+		if strings.HasSuffix(name, "_ns") {
+			r.Ratios[name] *= 1000
+		}
+	}
+	for i := range r.Rows {
+		r.Rows[i].P50.Value *= 1000
+	}
+	return r
+}
+
+func TestAGoalIsMetByTheWholeInterval(t *testing.T) {
+	g := goal{"", "x", 0.99, 1.01}
+	for _, c := range []struct {
+		low, high float64
+		want      string
+	}{
+		{0.99, 1.01, "met"}, {0.98, 1, "undecided"}, {1, 1.02, "undecided"}, {0.9, 1.1, "undecided"}, {1.02, 1.03, "missed"}, {0.9, 0.98, "missed"},
+	} {
+		if got := g.verdict([2]float64{c.low, c.high}); got != c.want {
+			t.Errorf("%v to %v: %s, want %s", c.low, c.high, got, c.want)
+		}
+	}
+}
+
+func TestEveryGoalIsOfARatioThatAFullRunHas(t *testing.T) {
+	r := madeUp(t, 1)
+	for _, g := range goals {
+		_, there := r.Ratios[g.ratio]
+		if !there && !strings.HasPrefix(g.ratio, "ceiling4_") && !strings.HasPrefix(g.ratio, "pod_memory_") {
+			t.Errorf("no workload gives %s", g.ratio)
+		}
+	}
+	lines := r.GoalTable().Lines
+	if i := slices.IndexFunc(lines, func(l []string) bool { return strings.HasPrefix(l[0], "outbound connection") }); i < 0 || lines[i][2] != "0.100" || lines[i][4] != "met" {
+		t.Errorf("0.1 where at most 0.15 is the goal gave %v", lines)
+	}
+}

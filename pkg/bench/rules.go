@@ -35,6 +35,7 @@ func openRules(s *stage) ([]workload, error) {
 	defs, counts := append(of(definitions(), ours), of(definitions(), rival)...), ruleCounts
 	if s.opts.Quick {
 		defs, counts = of(defs, ours), []int{1, 10000}
+		s.leaveOut("rules: 10, 100 and 1000 CIDRs, and firewalls", errLong)
 	}
 	all := fleet{}
 	w := workload{name: "rules", rounds: 2 * s.opts.rounds(), ratios: rulesRatios}

@@ -63,10 +63,10 @@ func TestQuickRunsWhatTheBandsAndPromisesNeed(t *testing.T) {
 			if ran[w] {
 				t.Errorf("two sections have the workload %s", w)
 			}
-			if sec.runs(quick, 0) {
+			if sec.runs(quick, 0) && sec.has(quick, w) {
 				ran[w] = true
 			}
-			if !sec.runs(Options{}, 0) {
+			if !sec.runs(Options{}, 0) || !sec.has(Options{}, w) {
 				t.Errorf("a full run leaves %s out", w)
 			}
 		}
@@ -86,6 +86,39 @@ func TestEveryRedirectingBackendIsComparedByOneFloor(t *testing.T) {
 	for _, d := range defs {
 		if d.redirects() != (d.role == rival || d.role == ours || d.role == variant) {
 			t.Errorf("%s: its role does not fit what it does", d.name)
+		}
+	}
+}
+
+func TestAQuickRunSaysWhatItLeavesOut(t *testing.T) {
+	r := &Result{LeftOut: map[string]string{}}
+	r.leaveOutLong(Options{Quick: true})
+	said := strings.Join(slices.Collect(keys(r.LeftOut)), ", ")
+	for _, sec := range sections() {
+		for _, w := range sec.workloads {
+			has, says := sec.has(Options{Quick: true}, w), slices.Contains(strings.Split(said, ", "), w)
+			if has == says {
+				t.Errorf("%s: a quick run has it: %t, and says that it is left out: %t", w, has, says)
+			}
+		}
+	}
+	full := &Result{LeftOut: map[string]string{}}
+	if full.leaveOutLong(Options{}); len(full.LeftOut) > 0 {
+		t.Errorf("a full run leaves out %v", full.LeftOut)
+	}
+}
+
+func TestOnlyNamesWhatQuickRunsLeaveOut(t *testing.T) {
+	o := Options{Quick: true, Only: []string{"direct_echo", "ceiling4"}}
+	for _, sec := range sections() {
+		want := sec.name == "connections" || sec.name == "ceiling"
+		if got := sec.runs(o, 0); got != want {
+			t.Errorf("%s runs: %t, want %t", sec.name, got, want)
+		}
+		for _, w := range sec.workloads {
+			if got, want := sec.has(o, w), slices.Contains(o.Only, w); got != want {
+				t.Errorf("%s is measured: %t, want %t", w, got, want)
+			}
 		}
 	}
 }

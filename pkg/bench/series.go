@@ -71,13 +71,23 @@ func (m *measured) add(name string, samples sample, incarnation int) {
 	}
 }
 
-// tail is a quantile of each incarnation's samples.
-func (f *figures) tail(q float64) rounds {
-	var out rounds
-	for i, values := range f.all {
-		out.add(quantile(slices.Sorted(slices.Values(values)), q), i)
+// tail is a quantile that takes so many samples: the median of the incarnations',
+// or that of all samples where an incarnation has too few. 0 if all have too few.
+func (f *figures) tail(q float64, least int) float64 {
+	var together, each []float64
+	enough := true
+	for _, values := range f.all {
+		together = append(together, values...)
+		each = append(each, quantile(slices.Sorted(slices.Values(values)), q))
+		enough = enough && len(values) >= least
 	}
-	return out
+	switch {
+	case enough:
+		return median(each)
+	case len(together) >= least:
+		return quantile(slices.Sorted(slices.Values(together)), q)
+	}
+	return 0
 }
 
 func (f *figures) least() float64 {

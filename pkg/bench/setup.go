@@ -5,13 +5,14 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/sluice-mesh/sluice/pkg/netns"
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
 func setupSections() []section {
 	return []section{
 		{name: "enroll", workloads: []string{"enroll"}, quick: 3, open: openEnroll},
-		{name: "pod set-up", workloads: []string{"enroll_100", "cni_add", "cni_add_100"}, quick: -1, full: 3, open: openSetup},
+		{name: "pod set-up", workloads: []string{"enroll_100", "cni_add", "cni_add_100"}, quick: -1, full: 4, open: openSetup},
 	}
 }
 
@@ -29,25 +30,21 @@ func openEnroll(s *stage) ([]workload, error) {
 	}
 	s.closing(f.Close)
 	w := workload{name: "enroll", backends: f.names(setups()), ratios: enrollRatios, slice: func(name string) (sample, error) {
-		took, err := s.setUpOnce(f[name])
+		took, err := f[name].setUpAgain()
 		return sample{total: {took}}, err
 	}}
 	return []workload{w}, nil
 }
 
-// setUpOnce takes a pod's redirection away, and measures how long writing it takes.
-func (s *stage) setUpOnce(b *backend) (float64, error) {
-	if b.role != rival { // iptables-restore replaces what is there
-		if _, err := s.node.datapath.Unenroll(b.site.pod.Cookie(), b.site.pod); err != nil {
-			return 0, err
-		}
-	} else if !b.iptables {
-		if _, err := runIn(b.site.pod, "flush ruleset\n", "nft", "-f", "-"); err != nil {
+// setUpAgain takes a pod's redirection away, and measures how long writing it takes.
+func (b *backend) setUpAgain() (float64, error) {
+	if !b.iptables { // iptables-restore replaces what is there
+		if err := b.undo(b.node, b.site.pod); err != nil {
 			return 0, err
 		}
 	}
 	start := time.Now()
-	err := b.redirect(s.node, b.site.pod, rules.Default())
+	err := b.redirect(b.node, b.site.pod, rules.Default())
 	return float64(time.Since(start)), err
 }
 
@@ -78,7 +75,7 @@ func openSetup(s *stage) ([]workload, error) {
 			s.leaveOut(d.name, err)
 			continue
 		}
-		if err := s.undo(d, sites[0]); err != nil {
+		if err := d.undo(s.node, sites[0].pod); err != nil {
 			return nil, err
 		}
 		usable[d.name], names = d, append(names, d.name)
@@ -87,7 +84,7 @@ func openSetup(s *stage) ([]workload, error) {
 		d := usable[name]
 		times, err := s.together(sites, func(place *site) error { return d.redirect(s.node, place.pod, rules.Default()) })
 		for _, place := range sites {
-			err = errors.Join(err, s.undo(d, place))
+			err = errors.Join(err, d.undo(s.node, place.pod))
 		}
 		return sample{total: times}, err
 	}}
@@ -105,7 +102,7 @@ func openSetup(s *stage) ([]workload, error) {
 	}
 	return []workload{
 		many,
-		{name: "cni_add", backends: []string{sluice}, rounds: 30, slice: func(string) (sample, error) { return add(sites[:1]) }},
+		{name: "cni_add", backends: []string{sluice}, rounds: 55, slice: func(string) (sample, error) { return add(sites[:1]) }},
 		{name: "cni_add_100", backends: []string{sluice}, rounds: 4, cold: true, slice: func(string) (sample, error) { return add(sites) }},
 	}, nil
 }
@@ -124,16 +121,16 @@ func (s *stage) sites(n int) ([]*site, error) {
 }
 
 // undo takes a pod's redirection away.
-func (s *stage) undo(d definition, place *site) error {
+func (d definition) undo(n *node, pod *netns.NetNS) error {
 	switch {
 	case d.role != rival:
-		_, err := s.node.datapath.Unenroll(place.pod.Cookie(), place.pod)
+		_, err := n.datapath.Unenroll(pod.Cookie(), pod)
 		return err
 	case d.iptables:
-		_, err := runIn(place.pod, "*nat\nCOMMIT\n", d.name+"-restore")
+		_, err := runIn(pod, "*nat\nCOMMIT\n", d.name+"-restore")
 		return err
 	}
-	_, err := runIn(place.pod, "flush ruleset\n", "nft", "-f", "-")
+	_, err := runIn(pod, "flush ruleset\n", "nft", "-f", "-")
 	return err
 }
 

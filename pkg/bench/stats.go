@@ -58,9 +58,11 @@ func (r rounds) units() (out []float64) {
 }
 
 // alike is the probability of samples that differ as much if the two were the
-// same: benchstat's test (Mann-Whitney U). NaN where one has no samples.
+// same: benchstat's test (Mann-Whitney U). NaN where one has so few samples that no
+// difference could be shown.
 func alike(a, b []float64) float64 {
-	if len(a) == 0 || len(b) == 0 {
+	const fewest = 4
+	if min(len(a), len(b)) < fewest {
 		return math.NaN()
 	}
 	t := benchmath.DefaultThresholds

@@ -93,8 +93,13 @@ func TestAlikeIsMannWhitneysTest(t *testing.T) {
 	if p := alike(low, low); p < 0.5 {
 		t.Errorf("the same samples have P %v", p)
 	}
-	if p := alike(nil, high); !math.IsNaN(p) {
-		t.Errorf("nothing and something have P %v, want none", p)
+	for n := range 4 {
+		if p := alike(low[:n], high); !math.IsNaN(p) {
+			t.Errorf("%d samples have P %v, want none: too few", n, p)
+		}
+	}
+	if p := alike(low[:4], high[:4]); p >= alpha {
+		t.Errorf("four samples without overlap have P %v, want less than %v", p, alpha)
 	}
 }
 
@@ -108,5 +113,26 @@ func TestUnitsAreIncarnations(t *testing.T) {
 	one.add(2, 0)
 	if got := one.units(); len(got) != 2 {
 		t.Errorf("the rounds of the only incarnation are the units %v", got)
+	}
+}
+
+// A tail takes many samples: those of an incarnation, or else of all together.
+func TestTail(t *testing.T) {
+	f := &figures{all: map[int][]float64{}}
+	for i := range 3 {
+		for v := range 100 {
+			f.all[i] = append(f.all[i], float64(1000*i+v))
+		}
+	}
+	for least, want := range map[int]float64{100: 1049.5, 101: 1049.5, 300: 1049.5, 301: 0} {
+		if got := f.tail(0.5, least); got != want {
+			t.Errorf("the middle, if it takes %d samples, is %v, want %v", least, got, want)
+		}
+	}
+	if got := f.tail(0.99, 100); got != 1098.01 {
+		t.Errorf("99 %% of the middle incarnation are below %v, want 1098.01", got)
+	}
+	if got := f.tail(0.99, 300); got < 2090 {
+		t.Errorf("99 %% of all samples are below %v, want more than 2090", got)
 	}
 }

@@ -65,16 +65,33 @@ func (r *Result) RatioTable() report.Rows {
 	return out
 }
 
+// PartTable is what the run took for people.
+func (r *Result) PartTable() report.Rows {
+	out := report.Rows{Head: []string{"PART", "TIMES", "SECONDS", "CPU SECONDS"}, Empty: "nothing was run"}
+	for _, p := range r.Parts {
+		out.Lines = append(out.Lines, []string{p.Name, fmt.Sprint(p.Times), fmt.Sprintf("%.1f", p.Seconds), fmt.Sprintf("%.1f", p.CPU)})
+	}
+	return out
+}
+
 // markdown is the whole result as a page.
 func (r *Result) markdown(charts []chart) string {
 	var out strings.Builder
-	m := r.Machine
+	m, source := r.Machine, ""
+	if m.Sluice != "" {
+		source = ", revision " + m.Sluice
+	}
 	fmt.Fprintf(&out, "# Benchmark of %s\n\n", r.Started.Format("2006-01-02 15:04 MST"))
-	fmt.Fprintf(&out, "%s, %d CPUs, kernel %s, %s; %d incarnations of %d rounds, %.0f s; %s.\n\n",
-		m.CPU, m.CPUs, m.Kernel, m.Go, r.Settings.Incarnations, r.Settings.Rounds, r.Seconds, r.Settings.Placement)
+	fmt.Fprintf(&out, "%s, %d CPUs, kernel %s, %s%s; %d incarnations of %d rounds, %.0f s; %s.\n\n",
+		m.CPU, m.CPUs, m.Kernel, m.Go, source, r.Settings.Incarnations, r.Settings.Rounds, r.Seconds, r.Settings.Placement)
 	if r.Settings.DelayNS > 0 {
 		fmt.Fprintf(&out, "**Sluice's stand-in was delayed by %d ns on purpose.**\n\n", r.Settings.DelayNS)
 	}
+	out.WriteString("## In short\n\n")
+	table(&out, r.ShortTable())
+	out.WriteString("\n## Goals\n\n\"Undecided\": the interval reaches over the goal's edge.\n\n")
+	table(&out, r.GoalTable())
+	out.WriteString("\n## Charts\n\n")
 	for _, c := range charts {
 		fmt.Fprintf(&out, "![%s](%s.svg)\n\n", c.title, c.name)
 	}
@@ -82,6 +99,8 @@ func (r *Result) markdown(charts []chart) string {
 	table(&out, r.RatioTable())
 	out.WriteString("\n## Figures\n\nP is the probability of such figures if the backend and the workload's first were alike.\n\n")
 	table(&out, r.Table())
+	out.WriteString("\n## What the run took\n\n")
+	table(&out, r.PartTable())
 	list(&out, "Left out", r.LeftOut)
 	list(&out, "Notes", r.Notes)
 	list(&out, "Sysctls", m.Sysctls)

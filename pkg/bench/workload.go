@@ -35,7 +35,8 @@ const (
 	rate     metric = "rate"       // per second
 	failures metric = "failures"   // of a turn
 	held     metric = "held"       // connections at once
-	memory   metric = "memory"     // bytes of kernel memory for one
+	memory   metric = "memory"     // bytes of kernel memory for one, by /proc/meminfo
+	charged  metric = "charged"    // the same, by the memory cgroup
 )
 
 // units, for tables.
@@ -47,7 +48,7 @@ func (m metric) unit() (scale float64, unit string) {
 		return 1, "1/s"
 	case failures, held:
 		return 1, ""
-	case memory:
+	case memory, charged:
 		return 1 << 10, "KiB"
 	case cpuPerGB:
 		return 1e6, "ms"
@@ -97,14 +98,19 @@ const (
 	bulkBytes  = 16 << 10
 )
 
+// leg is slower where it is Sluice's, in any way, if the run is to be noticed.
+func (s *stage) leg(b *backend, legOf func(*backend) leg) leg {
+	l := legOf(b)
+	if b.role == ours || b.role == variant {
+		l.delay = s.opts.Delay
+	}
+	return l
+}
+
 // overLeg is a workload of connections; backends that are missing are left out.
 func (s *stage) overLeg(name string, j job, legOf func(*backend) leg, f fleet, defs []definition) workload {
 	return workload{name: name, backends: f.names(defs), ratios: standardRatios, slice: func(name string) (sample, error) {
-		l := legOf(f[name])
-		if f[name].role == ours {
-			l.delay = s.opts.Delay
-		}
-		r, err := l.run(j)
+		r, err := s.leg(f[name], legOf).run(j)
 		if err != nil {
 			return nil, err
 		}

@@ -99,6 +99,10 @@ func (c *common) printBench(format report.Format, result *bench.Result) error {
 	if err := report.Write(c.env.Out, format, nil, result.RatioTable()); err != nil {
 		return err
 	}
+	fmt.Fprintln(c.env.Out)
+	if err := report.Write(c.env.Out, format, nil, result.PartTable()); err != nil {
+		return err
+	}
 	for _, name := range slices.Sorted(maps.Keys(result.LeftOut)) {
 		fmt.Fprintf(c.env.Out, "\nLeft out: %s: %s\n", name, result.LeftOut[name])
 	}
