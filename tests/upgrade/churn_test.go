@@ -40,7 +40,7 @@ func heldNow(t *testing.T, dir string) held {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return held{contents(t, dir), programsOf(t, dir), len(files), m.HeapAlloc}
+	return held{kit.Pins(t, dir), programsOf(t, dir), len(files), m.HeapAlloc}
 }
 
 // programsOf counts the programs in the kernel that use one of a datapath's maps.
