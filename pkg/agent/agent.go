@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -118,8 +119,22 @@ func (a *Agent) own(ctx context.Context) (*agentapi.Lock, error) {
 	})
 	if err == nil {
 		a.ready.block(partOwner, "")
+		a.removeHalfWritten()
 	}
 	return lock, err
+}
+
+// removeHalfWritten removes state files that a daemon was killed while it wrote
+// them: renameio names them like this. It is best effort: they are in nobody's way.
+func (a *Agent) removeHalfWritten() {
+	path := a.config.statePath()
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"[0-9]*"))
+	if err != nil {
+		return
+	}
+	for _, l := range left {
+		_ = os.Remove(l)
+	}
 }
 
 // live brings the datapath up and works with it, until the context ends, and does

@@ -120,15 +120,15 @@ func (n kernelNode) Repair(found running, pod datapath.Pod, reset bool) (repaire
 	}
 	out.Before = before
 	if reset {
-		out.reset(ns, owned)
+		out.reset(ns.Reset, owned)
 	}
 	return out, nil
 }
 
 // reset closes connections until it cannot.
-func (r *repaired) reset(ns *netns.NetNS, connections []netns.Connection) {
+func (r *repaired) reset(closeOne func(netns.Connection) error, connections []netns.Connection) {
 	for _, c := range connections {
-		if err := ns.Reset(c); err != nil {
+		if err := closeOne(c); err != nil {
 			r.Notes = append(r.Notes, "not every connection is closed: "+err.Error())
 			return
 		}

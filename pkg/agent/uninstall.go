@@ -12,6 +12,7 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
 	"github.com/sluice-mesh/sluice/pkg/conflist"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 )
 
 const (
@@ -33,6 +34,7 @@ func (a *Agent) retreat() {
 		a.log.WithError(err).Error("the plugin's entry cannot be taken out of the CNI configuration")
 		return
 	}
+	failpoint.Step("uninstall: entry withdrawn")
 	plugin, err := os.Stat(a.pluginPath())
 	if err != nil {
 		return // it is not there: nobody can run it
@@ -67,6 +69,7 @@ func runs(program os.FileInfo) bool {
 // uninstall removes what the daemon has put on the node. Enrolled pods stay
 // redirected until they end, unless the operator wants otherwise.
 func (a *Agent) uninstall(lock *agentapi.Lock) error {
+	failpoint.Step("uninstall: socket gone")
 	err := a.removeFiles()
 	if a.config.RunningPods == RunningPodsDirect || a.nobodyIsEnrolled() {
 		err = errors.Join(err, a.removeDatapath())
@@ -113,6 +116,7 @@ func (a *Agent) removeFiles() error {
 	if err := os.Remove(a.config.statePath()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the state file: %w", err)
 	}
+	failpoint.Step("uninstall: state file removed")
 	return nil
 }
 

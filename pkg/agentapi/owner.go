@@ -149,6 +149,7 @@ func (l *Lock) Remove() error {
 	if err := os.Remove(l.file.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the daemon's lock: %w", err)
 	}
+	failpoint.Step("daemon: lock removed")
 	return nil
 }
 

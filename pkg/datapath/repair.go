@@ -10,6 +10,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 	"github.com/sluice-mesh/sluice/pkg/netns"
 )
 
@@ -53,6 +54,7 @@ func (d *Datapath) sweepPods() (out Swept, err error) {
 		log := d.opts.Log.WithFields(logrus.Fields{fieldPod: pod.Namespace + "/" + pod.Name, fieldUID: pod.UID, fieldCookie: cookie})
 		if now == lifeOver {
 			log.Info("a network namespace is gone; its pod is un-enrolled")
+			failpoint.Step("sweep: a namespace is gone")
 			errs = errors.Join(errs, d.unenroll(cookie, nil), d.forget(cookie))
 			out.Gone, out.Left = append(out.Gone, pod), out.Left[:len(out.Left)-1]
 			continue

@@ -23,11 +23,11 @@ func TestMain(m *testing.M) {
 
 // takeSteps runs the program and says by which signal it ended, and which steps
 // it noted.
-func takeSteps(t *testing.T, killAt int) (died bool, steps string) {
+func takeSteps(t *testing.T, killAt int, from string) (died bool, steps string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "steps")
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "FAILPOINT_TEST_CHILD=1", KillAtEnv+"="+strconv.Itoa(killAt), StepsFileEnv+"="+file)
+	cmd.Env = append(os.Environ(), "FAILPOINT_TEST_CHILD=1", KillAtEnv+"="+strconv.Itoa(killAt), KillFromEnv+"="+from, StepsFileEnv+"="+file)
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -47,20 +47,25 @@ func takeSteps(t *testing.T, killAt int) (died bool, steps string) {
 func TestAProgramDiesAtTheStepThatIsAskedForAndOnlyInATestBuild(t *testing.T) {
 	for _, tt := range []struct {
 		killAt int
+		from   string
 		died   bool
 		steps  string
 	}{
-		{1, true, "first\n"},
-		{3, true, "first\nsecond\nthird\n"},
-		{4, false, "first\nsecond\nthird\n"},
+		{1, "", true, "first\n"},
+		{3, "", true, "first\nsecond\nthird\n"},
+		{4, "", false, "first\nsecond\nthird\n"},
+		{1, "second", true, "first\nsecond\n"},
+		{2, "second", true, "first\nsecond\nthird\n"},
+		{3, "second", false, "first\nsecond\nthird\n"},
+		{1, "another", false, "first\nsecond\nthird\n"},
 	} {
 		want, steps := tt.died, tt.steps
 		if !Enabled {
 			want, steps = false, ""
 		}
-		died, noted := takeSteps(t, tt.killAt)
+		died, noted := takeSteps(t, tt.killAt, tt.from)
 		if died != want || noted != steps {
-			t.Errorf("killed at %d: died %v with steps %q, want %v with %q", tt.killAt, died, noted, want, steps)
+			t.Errorf("killed at %d from %q: died %v with steps %q, want %v with %q", tt.killAt, tt.from, died, noted, want, steps)
 		}
 	}
 }

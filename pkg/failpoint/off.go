@@ -6,5 +6,5 @@ package failpoint
 const Enabled = false
 
 // Step marks a moment between two changes of state. name says what has just been
-// done, such as "enroll: pod written".
+// done, such as "enroll: pod written", or what comes next.
 func Step(string) {}

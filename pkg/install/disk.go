@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/sluice-mesh/sluice/pkg/failpoint"
 )
 
 // Temporary files are hidden, end in nothing that a runtime reads, and can be
@@ -21,14 +23,15 @@ const (
 
 // disk makes the changes. All are atomic, and durable when the call returns.
 type disk struct {
-	// step, if any, is called before each change. Tests stop there, as a kill
-	// would; so nothing here cleans up by defer.
+	// step, if any, is called before each change. Tests stop there, or change what
+	// it will find; nothing here cleans up by defer, for a kill would not.
 	step func(what string)
 	// noSync is for tests that make thousands of changes.
 	noSync bool
 }
 
 func (d disk) before(what string) {
+	failpoint.Step("install: next, " + what)
 	if d.step != nil {
 		d.step(what)
 	}
@@ -52,8 +55,8 @@ func attributesOf(info os.FileInfo) attributes {
 // 1.6 does not notice a rename from another one), synced, renamed over path.
 // ready, if any, is asked just before the rename whether it may go on.
 func (d disk) replace(path string, a attributes, fill func(io.Writer) error, ready func() error) error {
-	d.before("create temporary file")
-	temp, err := d.fill(filepath.Dir(path), a, fill)
+	d.before("create a file for " + filepath.Base(path))
+	temp, err := d.fill(path, a, fill)
 	if err == nil && ready != nil {
 		err = ready()
 	}
@@ -70,14 +73,14 @@ func (d disk) replace(path string, a attributes, fill func(io.Writer) error, rea
 	return d.syncDir(filepath.Dir(path))
 }
 
-// fill makes a temporary file, and returns its name even with an error.
-func (d disk) fill(dir string, a attributes, fill func(io.Writer) error) (string, error) {
-	f, err := os.OpenFile(tempName(dir), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+// fill makes a temporary file for path, and returns its name even with an error.
+func (d disk) fill(path string, a attributes, fill func(io.Writer) error) (string, error) {
+	f, err := os.OpenFile(tempName(filepath.Dir(path)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
-	d.before("fill temporary file")
+	d.before("fill the file for " + filepath.Base(path))
 	if err := fill(f); err != nil {
 		return f.Name(), err
 	}
@@ -99,7 +102,7 @@ func (d disk) fill(dir string, a attributes, fill func(io.Writer) error) (string
 
 // link makes path a symbolic link in place of what is there.
 func (d disk) link(target, path string) error {
-	d.before("create temporary link")
+	d.before("create a link for " + filepath.Base(path))
 	temp := tempName(filepath.Dir(path))
 	err := os.Symlink(target, temp)
 	if err == nil {

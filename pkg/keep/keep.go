@@ -54,9 +54,11 @@ func New(d *datapath.Datapath, log logrus.FieldLogger) *Keeper {
 
 // Run keeps every enrolled pod current until ctx is done, which is no error, or
 // the datapath is taken down. A pod that is enrolled later is watched within two
-// seconds, if a process or a name (ip netns) leads to its namespace. For each there is a goroutine and a netlink socket in its namespace,
-// and so the namespace lives until Run sees that nobody else holds it, up to
-// six seconds.
+// seconds, if a process or a name (ip netns) leads to its namespace. For each there
+// is a goroutine and a netlink socket in its namespace, and so the namespace lives
+// until Run sees that the pod is not enrolled any more, up to a second, or that
+// nobody else holds the namespace, up to six. (A socket elsewhere could hear of it by
+// NETLINK_LISTEN_ALL_NSID, with CAP_NET_BROADCAST, and would hear of all others too.)
 func (k *Keeper) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer k.wait()

@@ -157,8 +157,8 @@ func TestARunningPodsRulesFollowItsAnnotations(t *testing.T) {
 	t.Log("changed within", took)
 	slices.Sort(took)
 	t.Logf("p50 %v, most %v", took[len(took)/2], took[len(took)-1])
-	if median := took[len(took)/2]; median > 10*time.Second { // however busy the machine
-		t.Error("a change takes", median)
+	if median, limit := took[len(took)/2], kit.Scaled(t, time.Second); median > limit {
+		t.Errorf("a change takes %v, and may take %v on a machine as busy as this", median, limit)
 	}
 
 	for _, refused := range []struct {

@@ -34,7 +34,7 @@ type daemonSet struct {
 
 func newDaemonSet() *daemonSet {
 	s := &daemonSet{changed: make(chan struct{})}
-	s.change("ADDED", func(d *appsv1.DaemonSet) {})
+	s.add()
 	return s
 }
 
@@ -58,6 +58,9 @@ func (s *daemonSet) change(kind string, edit func(*appsv1.DaemonSet)) {
 	close(s.changed)
 	s.changed = make(chan struct{})
 }
+
+// add makes it, or makes it anew.
+func (s *daemonSet) add() { s.change("ADDED", func(*appsv1.DaemonSet) {}) }
 
 // remove is what kubectl delete does.
 func (s *daemonSet) remove() { s.change("DELETED", func(*appsv1.DaemonSet) {}) }

@@ -114,14 +114,16 @@ func TestOpenConnectionsOfARepairedPodAreClosedIfThatIsAsked(t *testing.T) {
 			p.Hold(kit.Proxy, proxy)
 
 			type pair struct{ client, server *kit.Sock }
-			open := func(as kit.ID, listener *kit.Sock) pair {
-				client, err := p.Dial(as, unix.AF_INET, to)
+			openBy := func(as kit.ID, family int, to netip.AddrPort, listener *kit.Sock) pair {
+				client, err := p.Dial(as, family, to)
 				if err != nil {
 					t.Fatal(err)
 				}
 				p.Hold(as, client)
 				return pair{client, listener.MustAccept()}
 			}
+			open := func(as kit.ID, listener *kit.Sock) pair { return openBy(as, unix.AF_INET, to, listener) }
+			server6, to6 := p.Far.Listen(kit.Root, "[::]:80", kit.V6Only), netip.AddrPortFrom(kit.Far6, 80)
 			// One that was captured before Sluice was taken away.
 			earlier := kit.OwnDatapath(t, datapath.Options{})
 			if _, err := earlier.Enroll(p.NetNS, datapath.Pod{Rules: rules.Default()}); err != nil {
@@ -133,22 +135,36 @@ func TestOpenConnectionsOfARepairedPodAreClosedIfThatIsAsked(t *testing.T) {
 			}
 			stay["the proxy's, by its user"] = open(kit.ProxyUID, server)
 			stay["the proxy's, by its group"] = open(kit.ProxyGID, server)
-			app := open(kit.App, server)
-			inbound := pair{server: p.Listen(kit.App, "0.0.0.0:8080")}
-			var err error
-			if inbound.client, err = p.Far.Dial(kit.Root, unix.AF_INET, netip.AddrPortFrom(kit.Pod4, 8080)); err != nil {
-				t.Fatal(err)
+			stay["the proxy's by IPv6"] = openBy(kit.ProxyUID, unix.AF_INET6, to6, server6)
+			app := map[string]pair{
+				"the app's outbound":                     open(kit.App, server),
+				"the app's outbound by IPv6":             openBy(kit.App, unix.AF_INET6, to6, server6),
+				"the app's outbound from an IPv6 socket": openBy(kit.App, unix.AF_INET6, to, server),
 			}
-			inbound.server = inbound.server.MustAccept()
-			p.Hold(kit.App, inbound.server)
+			for what, at := range map[string]struct {
+				family int
+				listen string
+				pod    netip.Addr
+			}{
+				"the app's inbound":         {unix.AF_INET, "0.0.0.0:8080", kit.Pod4},
+				"the app's inbound by IPv6": {unix.AF_INET6, "[::]:8081", kit.Pod6},
+			} {
+				listener := p.Listen(kit.App, at.listen)
+				client, err := p.Far.Dial(kit.Root, at.family, netip.AddrPortFrom(at.pod, listener.Name().Port()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				app[what] = pair{client, listener.MustAccept()}
+				p.Hold(kit.App, app[what].server)
+			}
 
 			runsIn(t, drivers["cgroupfs"], p.Do)
 			n.start(args...).awaitReady()
 			n.api.put("cart", podUID, injected())
-			// The third is one that the tests' own process has open: nobody in the pod.
-			says := "and so outside the mesh until they end: 3 connections"
+			// The sixth is one that the tests' own process has open: nobody in the pod.
+			says := "and so outside the mesh until they end: 6 connections"
 			if args != nil {
-				says = "2 of them closed, the others outside the mesh until they end: 3 connections"
+				says = "5 of them closed, the others outside the mesh until they end: 6 connections"
 			}
 			kit.Eventually(t, "an Event says "+says, func() bool { return n.api.told("RedirectionRepaired", says) })
 
@@ -157,7 +173,7 @@ func TestOpenConnectionsOfARepairedPodAreClosedIfThatIsAsked(t *testing.T) {
 					t.Error(what, "is closed:", err)
 				}
 			}
-			for what, pair := range map[string]pair{"the app's outbound": app, "the app's inbound": inbound} {
+			for what, pair := range app {
 				if err := echo(pair.client, pair.server); (err != nil) != (args != nil) {
 					t.Errorf("%s connection: %v", what, err)
 				}

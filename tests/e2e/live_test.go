@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/sluice-mesh/sluice/tests/e2e/testbed"
+	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
 // annotate changes one annotation of a pod that runs.
@@ -39,7 +40,11 @@ func TestAnAnnotationOfARunningPodIsFollowedIfItIsValid(t *testing.T) {
 	began := time.Now()
 	s.annotate("client", excludeOutbound, "8080")
 	s.goesStraight("client", server)
-	t.Log("the change was in force after", time.Since(began))
+	took := time.Since(began)
+	t.Log("the change was in force after", took)
+	if limit := kit.Scaled(t, time.Second); took > limit {
+		t.Errorf("a change must be in force within %v on a machine as busy as this", limit)
+	}
 	s.awaitEvent("client", "RedirectionChanged")
 	s.annotate("client", excludeOutbound, "8080,http")
 	s.awaitEvent("client", "RedirectionInvalid", excludeOutbound, `"http"`)

@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -16,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
 // entries counts what is in each of Sluice's maps, but arrays, which are always full.
@@ -121,7 +122,7 @@ func TestAHundredPodsAtOnce(t *testing.T) {
 	eventually(t, "it is ready", func() error { return errors.Join(httpOK(sluiceReady), wantEnrolled()) })
 	took := time.Since(up)
 	t.Logf("a daemon that starts among them is ready after %v", took.Round(time.Millisecond))
-	if limit := scaled(t, 5*time.Second); took > limit {
+	if limit := kit.Scaled(t, 5*time.Second); took > limit {
 		t.Errorf("it was ready only after %v: it must converge within %v on a machine as busy as this", took, limit)
 	}
 
@@ -134,17 +135,6 @@ func TestAHundredPodsAtOnce(t *testing.T) {
 		}
 		return nil
 	})
-}
-
-// scaled is a limit for a machine with a CPU to spare, on one that has more to do
-// than its CPUs can: as much longer as a process waits there.
-func scaled(t *testing.T, limit time.Duration) time.Duration {
-	t.Helper()
-	var load float64
-	if _, err := fmt.Sscan(mustRead(t, "/proc/loadavg"), &load); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(float64(limit) * max(1, load/float64(runtime.NumCPU())))
 }
 
 // awaitMany waits until so many pods with a sidecar are ready.

@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -29,6 +30,7 @@ const RequireRootEnv = "SLUICE_REQUIRE_ROOT"
 var world struct {
 	sync.Mutex
 	cgroup, home string // ours, and where this process was
+	memory       string // the cgroup that accounts this process's memory, if that is another
 	bpffs        string
 	shared       *datapath.Datapath
 	skip         string
@@ -115,6 +117,10 @@ func tearDown() error {
 		errs = errors.Join(errs, unix.Unmount(world.bpffs, unix.MNT_DETACH), os.Remove(world.bpffs))
 		world.bpffs = ""
 	}
+	if world.memory != "" {
+		errs = errors.Join(errs, enter(filepath.Dir(world.memory)), os.Remove(world.memory))
+		world.memory = ""
+	}
 	if world.cgroup != "" {
 		errs = errors.Join(errs, enter(world.home), os.Remove(world.cgroup))
 		world.cgroup = ""
@@ -128,16 +134,23 @@ func enter(dir string) error {
 
 // ownCgroup is the cgroup2 directory that this process is in.
 func ownCgroup(root string) (string, error) {
+	path, err := cgroupPath("0::")
+	return filepath.Join(root, path), err
+}
+
+// cgroupPath is where in a hierarchy this process is; hierarchy is what precedes
+// the path in /proc/self/cgroup, or the end of that.
+func cgroupPath(hierarchy string) (string, error) {
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return "", err
 	}
 	for line := range lines(string(text)) {
-		if path, ok := cut(line, "0::"); ok {
-			return filepath.Join(root, path), nil
+		if before, path, ok := strings.Cut(line, "/"); ok && strings.HasSuffix(before, hierarchy) {
+			return "/" + path, nil
 		}
 	}
-	return "", errors.New("this process is in no cgroup2")
+	return "", fmt.Errorf("this process is in no cgroup of the hierarchy %s", hierarchy)
 }
 
 // Cgroup is the private cgroup that the tests run in.

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
+	"runtime"
 	"testing"
 	"time"
 
@@ -392,4 +394,19 @@ func Eventually(t testing.TB, what string, holds func() bool) {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// Scaled is a limit for a machine with a CPU to spare, on one that has more to do
+// than its CPUs can: as much longer as a process waits there.
+func Scaled(t testing.TB, limit time.Duration) time.Duration {
+	t.Helper()
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var load float64
+	if _, err := fmt.Sscan(string(text), &load); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(float64(limit) * max(1, load/float64(runtime.NumCPU())))
 }

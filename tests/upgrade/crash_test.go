@@ -5,63 +5,17 @@ package upgrade
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
-
-// contents are the pins below a directory: of a map the number of its entries, of
-// anything else 0. It is empty where there is no such directory.
-func contents(t *testing.T, dir string) map[string]int {
-	t.Helper()
-	out := map[string]int{}
-	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
-		}
-		name, err := filepath.Rel(dir, path)
-		if err != nil {
-			return err
-		}
-		out[name] = 0
-		if filepath.Base(filepath.Dir(path)) == "maps" {
-			out[name], err = entriesOf(path)
-		}
-		return err
-	})
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal("read the pins:", err)
-	}
-	return out
-}
-
-func entriesOf(pin string) (n int, err error) {
-	m, err := ebpf.LoadPinnedMap(pin, nil)
-	if err != nil {
-		return 0, err
-	}
-	defer m.Close()
-	if m.Type() == ebpf.SkStorage || m.Type() == ebpf.PerCPUArray {
-		return 0, nil // not lists of anything
-	}
-	key := make([]byte, m.KeySize())
-	for err = m.NextKey(nil, &key); err == nil; err = m.NextKey(key, &key) {
-		n++
-	}
-	if !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return 0, fmt.Errorf("list %s: %w", pin, err)
-	}
-	return n, nil
-}
 
 // victim is a pod without traffic but the test's own, and who is killed.
 type victim struct {
@@ -87,9 +41,9 @@ func newVictim(t *testing.T, name string) *victim {
 	}
 	t.Cleanup(func() { s.v.mustCtl(s.down...) })
 	s.v.mustCtl(s.up...)
-	s.empty = contents(t, dir)
+	s.empty = kit.Pins(t, dir)
 	s.v.mustCtl(s.enroll...)
-	s.enrolled = contents(t, dir)
+	s.enrolled = kit.Pins(t, dir)
 	if len(s.empty) < 30 || cmp.Equal(s.empty, s.enrolled) {
 		t.Fatal("too little is there to lose:", s.enrolled)
 	}
@@ -98,7 +52,7 @@ func newVictim(t *testing.T, name string) *victim {
 
 func (s *victim) want(what map[string]int) {
 	s.t.Helper()
-	if diff := cmp.Diff(what, s.tidy(contents(s.t, s.dir))); diff != "" {
+	if diff := cmp.Diff(what, s.tidy(kit.Pins(s.t, s.dir))); diff != "" {
 		s.t.Error("what is pinned is not what it should be:", diff)
 	}
 }
@@ -135,7 +89,7 @@ func (s *victim) direct() {
 // the pod is in the map: nothing else.
 func (s *victim) neverHalfCaptured() {
 	s.t.Helper()
-	if contents(s.t, s.dir)[filepath.Join(datapath.Layout, "maps", "pods")] == 0 {
+	if kit.Pins(s.t, s.dir)[filepath.Join(datapath.Layout, "maps", "pods")] == 0 {
 		return
 	}
 	s.each(func(w way) error {

@@ -121,7 +121,7 @@ func TestADaemonThatIsKilledAtAnyStepOfItsStartLetsNothingEscape(t *testing.T) {
 	// The namespace of a proof that was cut off ends in the kernel's own time.
 	kit.Eventually(t, "a start finds nothing left of those that were killed", func() bool {
 		n.start(0)
-		return cmp.Equal(n.enrolled, n.tidy(contents(t, n.dir)))
+		return cmp.Equal(n.enrolled, n.tidy(kit.Pins(t, n.dir)))
 	})
 	n.want(n.enrolled)
 	l.wantNone()

@@ -49,11 +49,11 @@ func TestAnotherShapeOfASharedMapIsRefusedAndNothingChanges(t *testing.T) {
 	if err := m.Pin(pin); err != nil {
 		t.Fatal(err)
 	}
-	before := contents(t, opts.Dir)
+	before := kit.Pins(t, opts.Dir)
 	if _, err := datapath.Up(opts); !errors.Is(err, datapath.ErrLayout) || !strings.Contains(err.Error(), "handshakes") {
 		t.Errorf("up: %v", err)
 	}
-	if diff := cmp.Diff(before, contents(t, opts.Dir)); diff != "" {
+	if diff := cmp.Diff(before, kit.Pins(t, opts.Dir)); diff != "" {
 		t.Error("what is pinned has changed:", diff)
 	}
 	w.each(func(way way) error { return way.once(1) })
