@@ -34,6 +34,9 @@ type Options struct {
 	// SockoptCgroup carries the getsockopt program, which costs every
 	// getsockopt of every process below it. Empty: Cgroup.
 	SockoptCgroup string
+	// Reattach says that Cgroup is somebody's word, and no default: programs whose
+	// cgroup is gone may be attached to it.
+	Reattach bool
 	// MaxPods is how many pods the tables hold. Tables that are pinned already
 	// keep the size that they have, until Down.
 	MaxPods uint32

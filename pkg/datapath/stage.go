@@ -205,7 +205,7 @@ func (d *Datapath) commit(staged bool) error {
 // removeStrangers removes programs and maps of another version that this one does
 // not have: it would not keep them current.
 func (d *Datapath) removeStrangers() error {
-	ours := map[string]bool{}
+	ours := map[string]bool{placeCgroup: true, placeSockopt: true}
 	for _, hook := range nodeHooks {
 		ours[hook.name] = true
 	}

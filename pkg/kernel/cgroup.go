@@ -102,6 +102,16 @@ func IsBPFFS(dir string) error {
 	return nil
 }
 
+// BPFFSMounts are the directories where a bpffs is mounted, as far as they are
+// visible here.
+func BPFFSMounts() (out []string) {
+	mounts, _ := mountinfo.GetMounts(mountinfo.FSTypeFilter("bpf"))
+	for _, m := range mounts {
+		out = append(out, m.Mountpoint)
+	}
+	return out
+}
+
 // MountBPFFS mounts a bpffs on dir, which must exist.
 func MountBPFFS(dir string) error {
 	if err := unix.Mount("bpf", dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
