@@ -32,7 +32,7 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
   sluicectl up --cgroup /sys/fs/cgroup/test --bpffs /tmp/bpf/sluice`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			opts.Dir, opts.Log = c.dir, c.log()
+			opts.Dir, opts.Log, opts.Flags = c.dir, c.log(), c.flags()
 			return c.up(cmd, opts)
 		},
 	}

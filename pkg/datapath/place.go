@@ -52,7 +52,7 @@ func (d *Datapath) checkPlaces() error {
 			if readErr == nil {
 				was = " (" + was + ")"
 			}
-			return fmt.Errorf("%w: %s is attached to cgroup %d%s, not to %s (%d); give the same cgroup, or run \"sluicectl down\" first", ErrElsewhere, hook.name, where, was, dir, cgroupID(dir))
+			return fmt.Errorf("%w: %s is attached to cgroup %d%s, not to %s (%d); give the same cgroup, or run %s first", ErrElsewhere, hook.name, where, was, dir, cgroupID(dir), d.opts.hint("down"))
 		}
 		if d.opts.Reattach {
 			continue
@@ -60,7 +60,7 @@ func (d *Datapath) checkPlaces() error {
 		if readErr != nil {
 			was = "its directory is not known"
 		}
-		return fmt.Errorf("%w: what is pinned below %s was attached to one that has been removed since (%s). Give the cgroup to attach to now with --cgroup, or run \"sluicectl down\" first", ErrCgroupGone, d.opts.Dir, was)
+		return fmt.Errorf("%w: what is pinned below %s was attached to one that has been removed since (%s). Give the cgroup to attach to now with --cgroup, or run %s first", ErrCgroupGone, d.opts.Dir, was, d.opts.hint("down"))
 	}
 	return nil
 }
