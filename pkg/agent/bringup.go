@@ -74,7 +74,7 @@ func (a *Agent) up() (*datapath.Datapath, error) {
 		return nil, fmt.Errorf("%s is not the true root of cgroup2, and this process is not seen to be below it: %w. Mount the host's cgroup2 (in a pod: as a hostPath) and give its root with --cgroup", cgroup, errNoProof)
 	}
 	_, before := os.Stat(filepath.Join(a.config.BPFFS, datapath.Layout))
-	d, err := datapath.Up(datapath.Options{Dir: a.config.BPFFS, Cgroup: cgroup, MaxPods: a.config.MaxPods, Log: a.log})
+	d, err := datapath.Up(datapath.Options{Dir: a.config.BPFFS, Cgroup: cgroup, Reattach: true, MaxPods: a.config.MaxPods, Log: a.log})
 	if err != nil {
 		return nil, err
 	}

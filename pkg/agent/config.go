@@ -83,7 +83,7 @@ const maxMaxPods = 65536
 func DefaultConfig() Config {
 	return Config{
 		RunDir: agentapi.DefaultRunDir,
-		BPFFS:  "/sys/fs/bpf/sluice",
+		BPFFS:  datapath.DefaultDir,
 		Listen: "127.0.0.1:15095",
 		Mesh:   mesh.DefaultConfig(),
 		Repair: RepairInPlace,

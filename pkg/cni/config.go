@@ -12,13 +12,15 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
+
+	"github.com/sluice-mesh/sluice/pkg/datapath"
 )
 
 // Defaults of the entry in the conflist.
 const (
 	DefaultSocket    = "/var/run/sluice/agent.sock"
 	DefaultStateFile = "/var/run/sluice/state.json"
-	DefaultBPFFS     = "/sys/fs/bpf/sluice"
+	DefaultBPFFS     = datapath.DefaultDir
 	DefaultLogFile   = "/var/log/sluice-cni.log"
 )
 

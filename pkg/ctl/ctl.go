@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
@@ -18,11 +20,8 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/version"
 )
 
-// Defaults of the directories.
-const (
-	defaultBPFFS = "/sys/fs/bpf"
-	defaultDir   = "/sys/fs/bpf/sluice"
-)
+// defaultBPFFS is where sluicectl mounts a bpffs if there is none.
+const defaultBPFFS = "/sys/fs/bpf"
 
 // Env is what the command line touches of the world.
 type Env struct {
@@ -64,7 +63,31 @@ func (c *common) open() (*datapath.Datapath, error) {
 	if err := needRoot(); err != nil {
 		return nil, err
 	}
-	return datapath.Open(datapath.Options{Dir: c.dir, Log: c.log()})
+	return datapath.Open(datapath.Options{Dir: c.dir, Log: c.log(), Flags: c.flags()})
+}
+
+// flags are those that a command needs to be about the same datapath, for hints.
+func (c *common) flags() (out string) {
+	if c.dir != datapath.DefaultDir {
+		out = " --bpffs " + shellWord(c.dir)
+	}
+	if c.runDir != agentapi.DefaultRunDir {
+		out += " --run-dir " + shellWord(c.runDir)
+	}
+	return out
+}
+
+// hint is a command line about the same datapath, in quotes.
+func (c *common) hint(command string) string {
+	return "\"sluicectl " + command + c.flags() + "\""
+}
+
+// shellWord is a word as a shell takes it.
+func shellWord(text string) string {
+	if regexp.MustCompile(`^[\w./:=@%+,-]+$`).MatchString(text) {
+		return text
+	}
+	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }
 
 func (c *common) log() logrus.FieldLogger {
@@ -109,7 +132,7 @@ func newRoot(env Env) *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().StringVar(&c.dir, "bpffs", defaultDir, "directory on a bpffs below which everything is pinned")
+	root.PersistentFlags().StringVar(&c.dir, "bpffs", datapath.DefaultDir, "directory on a bpffs below which everything is pinned")
 	root.PersistentFlags().StringVar(&c.runDir, "run-dir", agentapi.DefaultRunDir, "directory of the node daemon, where there is one")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())

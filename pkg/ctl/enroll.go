@@ -88,7 +88,7 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	if decision.Skip != "" {
 		cmd.Printf("Nothing was enrolled: %s.\n", decision.Skip)
 		if c.isEnrolled(f.netns) {
-			cmd.PrintErrf("sluicectl: warning: %s stays enrolled with the rules it had; \"sluicectl unenroll --netns %s\" leaves it alone\n", f.netns, f.netns)
+			cmd.PrintErrf("sluicectl: warning: %s stays enrolled with the rules it had; %s leaves it alone\n", f.netns, c.hint("unenroll --netns "+shellWord(f.netns)))
 		}
 		return nil
 	}
@@ -122,7 +122,7 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 		cmd.Printf("  The proxy does not listen yet (%s): until it does, connections are refused.\n", proxyText(pod.Rules))
 	}
 	if done.UserNS {
-		cmd.Println("  It has a user namespace of its own: \"sluicectl rules\" shows its IDs as the machine's.")
+		cmd.Printf("  It has a user namespace of its own: %s shows its IDs as the machine's.\n", c.hint("rules"))
 	}
 	if done.Before > 0 {
 		cmd.Printf("  %d connections were being opened before: they go on unredirected.\n", done.Before)
@@ -269,7 +269,7 @@ error. A namespace that is gone is named by its --cookie ("sluicectl pods").`,
 }
 
 func (c *common) unenroll(cmd *cobra.Command, name string, cookie uint64) error {
-	if err := c.mayChange("a pod stays redirected as long as it lives: delete it, or take the whole node down with \"sluicectl down --now\""); err != nil {
+	if err := c.mayChange("a pod stays redirected as long as it lives: delete it, or take the whole node down with " + c.hint("down --now")); err != nil {
 		return err
 	}
 	var ns *netns.NetNS

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
   sluicectl up --cgroup /sys/fs/cgroup/test --bpffs /tmp/bpf/sluice`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			opts.Dir, opts.Log = c.dir, c.log()
+			opts.Dir, opts.Log, opts.Flags = c.dir, c.log(), c.flags()
 			return c.up(cmd, opts)
 		},
 	}
@@ -49,6 +50,7 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	if err := c.mayChange("it loads the programs itself: restart it to load them anew"); err != nil {
 		return err
 	}
+	opts.Reattach = opts.Cgroup != ""
 	var err error
 	if opts.Cgroup, err = defaultCgroup(opts.Cgroup); err != nil {
 		return err
@@ -78,6 +80,17 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 		return err
 	}
 	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %s enrolled.\n", opts.Cgroup, c.dir, count(len(pods), "pod"))
+	return warnOthers(cmd, d, opts.Cgroup)
+}
+
+// warnOthers names who else is attached to the same cgroup, which works as long as
+// no pod is enrolled with two of them.
+func warnOthers(cmd *cobra.Command, d *datapath.Datapath, cgroup string) error {
+	others, err := d.Others()
+	if err != nil || len(others) == 0 {
+		return err
+	}
+	cmd.PrintErrf("sluicectl: warning: on %s is another Sluice too, pinned below %s. Each captures and shows only the pods that were enrolled with its own --bpffs; enroll no pod with both\n", cgroup, strings.Join(others, " and "))
 	return nil
 }
 

@@ -72,9 +72,9 @@ there is nothing left to correct.`,
 			}
 			defer d.Close()
 			if all {
-				return refreshAll(cmd, d)
+				return c.refreshAll(cmd, d)
 			}
-			return refreshOne(cmd, d, name, name)
+			return c.refreshOne(cmd, d, name, name)
 		},
 	}
 	cmd.Flags().StringVar(&name, "netns", "", "network namespace: a name of \"ip netns list\", or a path")
@@ -82,7 +82,7 @@ there is nothing left to correct.`,
 	return cmd
 }
 
-func refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
+func (c *common) refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
 	cookies, err := d.Cookies()
 	if err != nil {
 		return err
@@ -95,16 +95,16 @@ func refreshAll(cmd *cobra.Command, d *datapath.Datapath) error {
 	for _, cookie := range cookies {
 		path, ok := paths[cookie]
 		if !ok {
-			cmd.PrintErrf("sluicectl: warning: the namespace with cookie %d is not to be found; if it is gone, \"sluicectl unenroll --cookie %d\" forgets it\n", cookie, cookie)
+			cmd.PrintErrf("sluicectl: warning: the namespace with cookie %d is not to be found; if it is gone, %s forgets it\n", cookie, c.hint(fmt.Sprint("unenroll --cookie ", cookie)))
 			continue
 		}
-		errs = errors.Join(errs, refreshOne(cmd, d, path, fmt.Sprintf("cookie %d", cookie)))
+		errs = errors.Join(errs, c.refreshOne(cmd, d, path, fmt.Sprintf("cookie %d", cookie)))
 	}
 	return errs
 }
 
 // refreshOne shows a namespace without a pod's name as the caller calls it.
-func refreshOne(cmd *cobra.Command, d *datapath.Datapath, path, name string) error {
+func (c *common) refreshOne(cmd *cobra.Command, d *datapath.Datapath, path, name string) error {
 	ns, err := netns.Open(path)
 	if err != nil {
 		return err
@@ -112,7 +112,7 @@ func refreshOne(cmd *cobra.Command, d *datapath.Datapath, path, name string) err
 	defer ns.Close()
 	done, err := d.Refresh(ns)
 	if errors.Is(err, datapath.ErrNotEnrolled) {
-		return fmt.Errorf("refresh %s: %w; \"sluicectl enroll --netns %s\" does", name, err, name)
+		return fmt.Errorf("refresh %s: %w; %s does", name, err, c.hint("enroll --netns "+shellWord(path)))
 	}
 	if done.Pod != "" {
 		name = done.Pod

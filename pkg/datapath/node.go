@@ -79,6 +79,9 @@ func Up(opts Options) (*Datapath, error) {
 
 // up loads everything before it changes anything that is in force.
 func (d *Datapath) up() error {
+	if err := d.checkPlaces(); err != nil {
+		return err
+	}
 	staged, err := d.adoptMaps()
 	if err != nil {
 		return err
@@ -109,6 +112,9 @@ func (d *Datapath) up() error {
 			return err
 		}
 		failpoint.Step("up: " + hook.name + " in force")
+	}
+	if err := d.markPlaces(); err != nil {
+		return err
 	}
 	if err := d.commit(staged); err != nil {
 		return err
@@ -162,26 +168,18 @@ func (d *Datapath) loadAll(specs []*ebpf.CollectionSpec, values map[string]any) 
 }
 
 // attachNode replaces the program of a pinned link, or attaches and pins a new
-// one. A link whose cgroup is gone is made anew; one on another cgroup is not
-// moved, for the pods that are enrolled would be seen by nobody.
+// one. A link whose cgroup is gone is made anew: see checkPlaces.
 func (d *Datapath) attachNode(hook nodeHook, prog *ebpf.Program) error {
-	dir := d.opts.Cgroup
-	if hook.sockopt {
-		dir = d.opts.SockoptCgroup
-	}
+	dir, _ := d.place(hook)
 	pin := d.nodePin(hook.name)
 	old, err := link.LoadPinnedLink(pin, nil)
 	if err == nil {
 		defer old.Close()
-		where := cgroupOf(old)
-		if where == cgroupID(dir) && where != 0 {
+		if cgroupOf(old) != 0 {
 			if err := old.Update(prog); err != nil {
 				return fmt.Errorf("replace %s: %w", hook.name, err)
 			}
 			return nil
-		}
-		if where != 0 {
-			return fmt.Errorf("%w: %s is attached to cgroup %d, not to %s (%d); give the same cgroup, or run \"sluicectl down\" first", ErrElsewhere, hook.name, where, dir, cgroupID(dir))
 		}
 		if err := old.Unpin(); err != nil {
 			return fmt.Errorf("unpin %s: %w", pin, err)

@@ -124,7 +124,7 @@ func (d *Datapath) canCaptureDNS(r rules.Rules) error {
 			return errors.New("this kernel has no sendmsg and recvmsg programs (Linux 5.2 has), so DNS over UDP cannot be captured: enroll without DNS capture")
 		}
 		if err != nil {
-			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; \"sluicectl up\" repairs it (%w)", ErrNotUp, hook, err)
+			return fmt.Errorf("%w completely: %s is not attached, so DNS over UDP cannot be captured; %s repairs it (%w)", ErrNotUp, hook, d.opts.hint("up"), err)
 		}
 	}
 	return nil
@@ -237,7 +237,7 @@ func (d *Datapath) enroll(ns *netns.NetNS, network netns.Network, pod Pod, out *
 // destination goes from what the rules before said of it to what these say.
 func (d *Datapath) enrolNetwork(ns *netns.NetNS, network netns.Network, pod Pod, out *Enrolment) (podNetwork, error) {
 	entries := networkOf(network, namesOf(pod.Rules))
-	if err := noteInterfaces(ns, network, entries, out); err != nil {
+	if err := d.noteInterfaces(ns, network, entries, out); err != nil {
 		return podNetwork{}, err
 	}
 	var before podNetwork
@@ -266,12 +266,12 @@ func (d *Datapath) flagsOf(cookie uint64) connectPodFlags {
 }
 
 // noteInterfaces notes what may surprise who excludes interfaces.
-func noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, out *Enrolment) error {
+func (d *Datapath) noteInterfaces(ns *netns.NetNS, network netns.Network, entries podNetwork, out *Enrolment) error {
 	if len(entries.names) == 0 {
 		return nil
 	}
 	for _, name := range entries.missing(network) {
-		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is %s once \"sluicectl refresh\" or \"sluicectl watch\" has seen it", name, kindName(entries.names[name])))
+		out.Notes = append(out.Notes, fmt.Sprintf("interface %s is not there yet: it is %s once %s or %s has seen it", name, kindName(entries.names[name]), d.opts.hint("refresh --all"), d.opts.hint("watch")))
 	}
 	if !entries.named(connectInterfaceKindINTERFACE_EXCLUDED) {
 		return nil

@@ -34,6 +34,9 @@ type Options struct {
 	// SockoptCgroup carries the getsockopt program, which costs every
 	// getsockopt of every process below it. Empty: Cgroup.
 	SockoptCgroup string
+	// Reattach says that Cgroup is somebody's word, and no default: programs whose
+	// cgroup is gone may be attached to it.
+	Reattach bool
 	// MaxPods is how many pods the tables hold. Tables that are pinned already
 	// keep the size that they have, until Down.
 	MaxPods uint32
@@ -47,7 +50,16 @@ type Options struct {
 	// have: tests run what older kernels run.
 	Limit func(*Features)
 	Log   logrus.FieldLogger
+	// Flags are what a command of sluicectl needs to mean this datapath, for hints,
+	// such as " --bpffs /tmp/bpf/sluice".
+	Flags string
 }
+
+// DefaultDir is where sluicectl, daemon and plugin have their datapath by default.
+const DefaultDir = "/sys/fs/bpf/sluice"
+
+// hint is a command of sluicectl's about this datapath, in quotes.
+func (o Options) hint(command string) string { return "\"sluicectl " + command + o.Flags + "\"" }
 
 // probe is Probe, limited.
 func (o *Options) probe() (Features, error) {
@@ -86,6 +98,9 @@ func (o *Options) complete() {
 	}
 	if o.TargetShare == 0 {
 		o.TargetShare = max(o.Targets/targetShareDivisor, 1)
+	}
+	if o.Flags == "" && o.Dir != DefaultDir {
+		o.Flags = " --bpffs " + o.Dir
 	}
 	if o.Log == nil {
 		log := logrus.New()
@@ -156,7 +171,7 @@ func Open(opts Options) (*Datapath, error) {
 		return f
 	})}
 	if _, err := os.Stat(d.mapsDir()); errors.Is(err, os.ErrNotExist) {
-		return nil, errors.Join(fmt.Errorf("%w: nothing is pinned below %s; run \"sluicectl up\" first", ErrNotUp, opts.Dir), foreignScheme(opts.Dir))
+		return nil, errors.Join(fmt.Errorf("%w: nothing is pinned below %s; run %s first", ErrNotUp, opts.Dir, opts.hint("up")), opts.foreignScheme())
 	}
 	if d.isHalfway() != nil { // it may be under way: wait for its end
 		unlock, err := lock(opts.Dir)
@@ -213,7 +228,7 @@ func (d *Datapath) openMaps() error {
 		pin := filepath.Join(d.mapsDir(), name)
 		opened, err := ebpf.LoadPinnedMap(pin, nil)
 		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("%w completely: %s is missing; \"sluicectl up\" repairs it", ErrNotUp, pin)
+			return fmt.Errorf("%w completely: %s is missing; %s repairs it", ErrNotUp, pin, d.opts.hint("up"))
 		}
 		if err != nil {
 			return fmt.Errorf("open %s: %w", pin, err)
@@ -285,9 +300,9 @@ func (d *Datapath) prepare() error {
 		parent = filepath.Dir(parent)
 	}
 	if kernel.IsBPFFS(parent) != nil {
-		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath) and give a directory on it with --bpffs", d.opts.Dir, kernel.ErrNoBPFFS)
+		return fmt.Errorf("%s %w: mount one on an empty directory (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath) and give a directory on it with --bpffs", d.opts.Dir, kernel.ErrNoBPFFS)
 	}
-	if err := foreignScheme(d.opts.Dir); err != nil {
+	if err := d.opts.foreignScheme(); err != nil {
 		return err
 	}
 	for _, dir := range []string{filepath.Join(d.linksDir(), "node"), filepath.Join(d.linksDir(), "pods")} {

@@ -38,7 +38,7 @@ func (d *Datapath) isHalfway() error {
 	if _, err := os.Stat(d.halfway()); err != nil {
 		return nil
 	}
-	return fmt.Errorf("%w below %s; starting sluiced or \"sluicectl up\" completes it", ErrHalfway, d.opts.Dir)
+	return fmt.Errorf("%w below %s; starting sluiced or %s completes it", ErrHalfway, d.opts.Dir, d.opts.hint("up"))
 }
 
 // recoverMaps undoes what a replacement that was cut off did to the directories.
@@ -81,7 +81,7 @@ func (d *Datapath) adoptMaps() (staged bool, err error) {
 		spec.MaxEntries = there.MaxEntries() // chosen at the first start
 		ok, err := usable(there, spec)
 		if err != nil {
-			return false, fmt.Errorf("%w; \"sluicectl down\" removes them, and takes every pod out of the mesh", err)
+			return false, fmt.Errorf("%w; %s removes them, and takes every pod out of the mesh", err, d.opts.hint("down"))
 		}
 		if !ok {
 			changed = append(changed, name)
@@ -162,9 +162,9 @@ func (d *Datapath) checkLayout(digest string) error {
 		return nil
 	}
 	if marks, _ := filepath.Glob(filepath.Join(d.mapsDir(), layoutPrefix+"*")); len(marks) > 0 {
-		return fmt.Errorf("%w: those in %s are for %s, and this version has %s; \"sluicectl up\" or sluiced of this version converts them", ErrLayout, d.mapsDir(), filepath.Base(marks[0]), layoutPrefix+digest)
+		return fmt.Errorf("%w: those in %s are for %s, and this version has %s; %s or sluiced of this version converts them", ErrLayout, d.mapsDir(), filepath.Base(marks[0]), layoutPrefix+digest, d.opts.hint("up"))
 	}
-	return fmt.Errorf("%w completely: the maps in %s are not all there; \"sluicectl up\" repairs it", ErrNotUp, d.mapsDir())
+	return fmt.Errorf("%w completely: the maps in %s are not all there; %s repairs it", ErrNotUp, d.mapsDir(), d.opts.hint("up"))
 }
 
 // enterHalfway forbids writing, before the first program uses staged maps.
@@ -205,7 +205,7 @@ func (d *Datapath) commit(staged bool) error {
 // removeStrangers removes programs and maps of another version that this one does
 // not have: it would not keep them current.
 func (d *Datapath) removeStrangers() error {
-	ours := map[string]bool{}
+	ours := map[string]bool{placeCgroup: true, placeSockopt: true}
 	for _, hook := range nodeHooks {
 		ours[hook.name] = true
 	}
@@ -248,18 +248,18 @@ func (d *Datapath) lock() (unlock func(), err error) {
 }
 
 // foreignScheme refuses a directory with pins of a scheme that is not this one.
-func foreignScheme(dir string) error {
-	entries, err := os.ReadDir(dir)
+func (o Options) foreignScheme() error {
+	entries, err := os.ReadDir(o.Dir)
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 			return nil
 		}
-		return fmt.Errorf("list %s: %w", dir, err)
+		return fmt.Errorf("list %s: %w", o.Dir, err)
 	}
 	for _, e := range entries {
 		name := e.Name()
 		if len(name) > 1 && name[0] == 'v' && strings.Trim(name[1:], "0123456789") == "" && name != Layout {
-			return fmt.Errorf("%w: %s is pinned in a way that this version does not know; run \"sluicectl down\" of the version that made it", ErrLayout, filepath.Join(dir, name))
+			return fmt.Errorf("%w: %s is pinned in a way that this version does not know; run %s of the version that made it", ErrLayout, filepath.Join(o.Dir, name), o.hint("down"))
 		}
 	}
 	return nil

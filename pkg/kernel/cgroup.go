@@ -96,10 +96,23 @@ func IsBPFFS(dir string) error {
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return fmt.Errorf("bpffs directory %s: %w", dir, err)
 	}
-	if uint32(fs.Type) != unix.BPF_FS_MAGIC {
-		return fmt.Errorf("%s %w: mount one (mount -t bpf bpf %s) or give another directory with --bpffs; in a pod, mount the host's /sys/fs/bpf as a hostPath", dir, ErrNoBPFFS, dir)
+	if uint32(fs.Type) == unix.BPF_FS_MAGIC {
+		return nil
 	}
-	return nil
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 { // a mount would hide them
+		return fmt.Errorf("%s %w: give a directory on one with --bpffs (\"mount -t bpf\" lists them); in a pod, mount the host's /sys/fs/bpf as a hostPath", dir, ErrNoBPFFS)
+	}
+	return fmt.Errorf("%s %w: mount one (mount -t bpf bpf %s) or give another directory with --bpffs; in a pod, mount the host's /sys/fs/bpf as a hostPath", dir, ErrNoBPFFS, dir)
+}
+
+// BPFFSMounts are the directories where a bpffs is mounted, as far as they are
+// visible here.
+func BPFFSMounts() (out []string) {
+	mounts, _ := mountinfo.GetMounts(mountinfo.FSTypeFilter("bpf"))
+	for _, m := range mounts {
+		out = append(out, m.Mountpoint)
+	}
+	return out
 }
 
 // MountBPFFS mounts a bpffs on dir, which must exist.

@@ -19,6 +19,7 @@ func TestDirectoriesAreJudgedByWhatTheKernelSays(t *testing.T) {
 		{"a plain directory as cgroup2", plain + " is not a cgroup2 directory: give one", IsCgroup2(plain)},
 		{"nothing as cgroup2", "cgroup directory /nowhere: no such file", IsCgroup2("/nowhere")},
 		{"a plain directory as bpffs", plain + " is not on a bpffs: mount one (mount -t bpf bpf " + plain + ")", IsBPFFS(plain)},
+		{"a directory with something in it as bpffs", "/proc/self is not on a bpffs: give a directory on one with --bpffs", IsBPFFS("/proc/self")},
 		{"nothing as bpffs", "bpffs directory /nowhere: no such file", IsBPFFS("/nowhere")},
 	} {
 		if tt.err == nil || !strings.Contains(tt.err.Error(), tt.want) {

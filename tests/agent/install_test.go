@@ -180,7 +180,7 @@ func TestWhereSluiceCannotWorkItsEntryIsTakenOut(t *testing.T) {
 		},
 		"no bpffs": {
 			func(n *node) []string { return []string{"--bpffs", filepath.Join(n.dir, "pins")} },
-			"is not on a bpffs: mount one (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath)",
+			"is not on a bpffs: mount one on an empty directory (mount -t bpf bpf DIR; in a pod, mount the host's /sys/fs/bpf as a hostPath)",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

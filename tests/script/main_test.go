@@ -32,8 +32,20 @@ func (w inWorld) Run() int { return kit.Run(w.M) }
 func TestMain(m *testing.M) {
 	kit.HoldAndExit()
 	testscript.Main(inWorld{m}, map[string]func(){
-		"sluicectl": func() { os.Exit(ctl.Run(ctl.Env{Out: os.Stdout, Err: os.Stderr}, os.Args[1:])) },
+		"sluicectl": func() { os.Exit(run(os.Args[1:])) },
 	})
+}
+
+// run is sluicectl in the script's own cgroup, if it has one, for scripts run
+// beside each other.
+func run(args []string) int {
+	if cgroup := os.Getenv("CGROUP"); cgroup != "" {
+		if err := os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte("0"), 0o644); err != nil {
+			fmt.Fprintln(os.Stderr, "enter the script's cgroup:", err)
+			return 2
+		}
+	}
+	return ctl.Run(ctl.Env{Out: os.Stdout, Err: os.Stderr}, args)
 }
 
 func TestScripts(t *testing.T) {
@@ -51,23 +63,34 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// setUp gives a script a pod and directories: $NETNS, $COOKIE, $CGROUP, $BPFFS (a
-// bpffs) and $DIR (below it, not there yet).
+// setUp gives a script a pod and directories: $NETNS, $COOKIE, $CGROUP (the
+// script's own, which sluicectl runs in), $BPFFS (a bpffs) and $DIR (below it, not there yet).
 func setUp(env *testscript.Env) error {
 	t := env.T().(testing.TB)
 	pod := kit.NewPod(t)
 	dir := filepath.Join(kit.BPFFS(t), "script-"+regexp.MustCompile(`[^a-z]`).ReplaceAllString(filepath.Base(env.WorkDir), ""))
 	env.Setenv("NETNS", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), pod.Fd()))
 	env.Setenv("COOKIE", fmt.Sprint(pod.Cookie()))
-	env.Setenv("CGROUP", kit.Cgroup(t))
+	cgroup := filepath.Join(kit.Cgroup(t), filepath.Base(dir))
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		return err
+	}
+	env.Setenv("CGROUP", cgroup)
 	env.Setenv("BPFFS", kit.BPFFS(t))
 	env.Setenv("DIR", dir)
 	env.Defer(func() {
 		if _, err := datapath.Down(dir); err != nil {
 			t.Error("clean up:", err)
 		}
+		kit.Eventually(t, "nobody is in "+cgroup, func() bool { return rmdir(cgroup) })
 	})
 	return nil
+}
+
+// rmdir removes a cgroup, which a script may have done itself.
+func rmdir(cgroup string) bool {
+	err := os.Remove(cgroup)
+	return err == nil || errors.Is(err, os.ErrNotExist)
 }
 
 // refuses REGEXP ARG... runs sluicectl and wants exit status 1 and one sentence
