@@ -30,9 +30,9 @@ func TestParseManifest(t *testing.T) {
 		{"no kind", "metadata: {name: a}", "", "it has no kind: "},
 		{"a deployment", "kind: Deployment\nmetadata: {name: cart}", "", `its kind is "Deployment", not Pod`},
 		{"a list", "kind: List\nitems: []", "", `its kind is "List", not Pod`},
-		{"a template without a name", "kind: Pod\nmetadata: {namespace: shop, generateName: cart-}", "", `namespace "shop" and name "" are not those of a pod`},
-		{"a name with a slash", "kind: Pod\nmetadata: {name: a/b}", "", `name "a/b"`},
-		{"a name too long", "kind: Pod\nmetadata: {name: " + strings.Repeat("a", 254) + "}", "", "are not those of a pod"},
+		{"a template without a name", "kind: Pod\nmetadata: {namespace: shop, generateName: cart-}", "", "the pod name is missing"},
+		{"a name with a slash", "kind: Pod\nmetadata: {name: a/b}", "", `"a/b" is no pod name: Kubernetes takes small letters`},
+		{"a name too long", "kind: Pod\nmetadata: {name: " + strings.Repeat("a", 254) + "}", "", "the pod name is too long: it has 254 characters, and Kubernetes takes at most 253"},
 		{"no YAML", "kind: [", "", "not a pod's YAML or JSON: "},
 		{"a user that is no number", "kind: Pod\nspec: {containers: [{name: a}, {securityContext: {runAsUser: envoy}}]}", "", "spec.containers[1].securityContext.runAsUser is a string and should be a whole number"},
 		{"a user that is no whole number", "kind: Pod\nspec: {initContainers: [{securityContext: {runAsUser: 1.5}}]}", "", "spec.initContainers[0].securityContext.runAsUser is the number 1.5 and should be a whole number"},
@@ -60,6 +60,30 @@ func TestParseManifest(t *testing.T) {
 				t.Errorf("it says %v, want %q", err, tt.says)
 			}
 		})
+	}
+}
+
+func TestCheckPodNameTakesWhatKubernetesTakes(t *testing.T) {
+	for _, tt := range []struct{ namespace, name, says string }{
+		{"shop", "cart-0", ""},
+		{"0", "a.b-c.0", ""},
+		{strings.Repeat("a", 63), strings.Repeat("a", 253), ""},
+		{strings.Repeat("a", 64), "cart", "the namespace is too long: it has 64 characters, and Kubernetes takes at most 63"},
+		{"shop", strings.Repeat("a", 254), "the pod name is too long: it has 254 characters"},
+		{"", "cart", "the namespace is missing"},
+		{"shop", "", "the pod name is missing"},
+		{"A B", "ü", `"A B" is no namespace: Kubernetes takes small letters, digits and "-",`},
+		{"shop", "ü", `"ü" is no pod name: Kubernetes takes small letters, digits, "-" and ".",`},
+		{"shop.eu", "cart", `"shop.eu" is no namespace`},
+		{"-shop", "cart", `"-shop" is no namespace`},
+		{"shop", "cart-", `"cart-" is no pod name`},
+		{"shop", "a..b", `"a..b" is no pod name`},
+		{"shop", "a\n", `"a\n" is no pod name`},
+	} {
+		err := checkPodName(tt.namespace, tt.name)
+		if (tt.says == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s/%s: it says %v, want %q", tt.namespace, tt.name, err, tt.says)
+		}
 	}
 }
 
