@@ -125,18 +125,17 @@ nothing. Its exit status is 0 where Sluice works, 1 where it cannot.`,
 			if err := needRoot(); err != nil {
 				return err
 			}
-			return c.check(cmd, format)
+			return showFindings(cmd, format, append(datapath.Findings(), directories()...))
 		},
 	}
 	addOutput(cmd, c)
 	return cmd
 }
 
-func (c *common) check(cmd *cobra.Command, format report.Format) error {
-	findings := append(datapath.Findings(), directories()...)
+func showFindings(cmd *cobra.Command, format report.Format, findings []datapath.Finding) error {
 	ok := true
 	rows := report.Rows{Head: []string{"", "WHAT", "NEEDED", "OTHERWISE"}}
-	for _, f := range findings {
+	for i, f := range findings {
 		mark, needed := "ok", "optional"
 		if f.Required {
 			needed = "required"
@@ -144,6 +143,8 @@ func (c *common) check(cmd *cobra.Command, format report.Format) error {
 		if !f.OK {
 			mark = "missing"
 			ok = ok && !f.Required
+		} else {
+			findings[i].Means = "" // without the table's heading it would be said to be so
 		}
 		otherwise := f.Means
 		if f.Error != "" {

@@ -48,10 +48,10 @@ type PodInfo struct {
 // RuleInfo is one entry of a rule set.
 type RuleInfo struct {
 	RulesID RulesID `json:"rulesID"`
-	Pods    int    `json:"pods"`
-	Kind    string `json:"kind"`
-	Match   string `json:"match"`
-	Verdict string `json:"verdict"`
+	Pods    int     `json:"pods"`
+	Kind    string  `json:"kind"`
+	Match   string  `json:"match"`
+	Verdict string  `json:"verdict"`
 }
 
 // StatInfo is a count of connections.
