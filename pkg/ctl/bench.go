@@ -149,7 +149,7 @@ func newBenchCompare(c *common) *cobra.Command {
 benchstat's test (Mann-Whitney U, 0.05) over their incarnations. "~" is no
 difference that could be shown. Absolute figures of two runs are not compared:
 machines change their speed.`,
-		Args: cobra.ExactArgs(2),
+		Args: twoFiles,
 		RunE: func(_ *cobra.Command, args []string) error { return c.benchCompare(args[0], args[1]) },
 	}
 	addOutput(cmd, c)

@@ -131,23 +131,14 @@ func newRoot(env Env) *cobra.Command {
   sluicectl demo                    see all of it work, with a real proxy`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Args:          noArgs, // in place of cobra's lines
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&c.dir, "bpffs", datapath.DefaultDir, "directory on a bpffs below which everything is pinned")
 	root.PersistentFlags().StringVar(&c.runDir, "run-dir", agentapi.DefaultRunDir, "directory of the node daemon, where there is one")
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return fmt.Errorf("%w; see \"%s --help\"", err, cmd.CommandPath())
-	})
+	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(newUp(c), newDown(c), newEnroll(c), newUnenroll(c), newRefresh(c), newWatch(c), newPods(c), newRules(c), newStats(c), newCheck(c), newBench(c), newDemo(c), newDemoRole())
 	return root
-}
-
-// noArgs is cobra.NoArgs with a sentence that is true of commands without
-// commands of their own.
-func noArgs(cmd *cobra.Command, args []string) error {
-	if len(args) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%q is no flag, and \"%s\" takes flags only; see \"%s --help\"", args[0], cmd.CommandPath(), cmd.CommandPath())
 }
 
 // count is such as "1 pod" or "2 pods".

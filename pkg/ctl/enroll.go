@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -22,6 +23,7 @@ type enrollFlags struct {
 	uids, gids  []string
 	inbound, tc string
 	capture     string
+	captureSet  bool
 	noGuard     bool
 	dns         bool
 	dnsPort     uint16
@@ -78,6 +80,7 @@ func (c *common) enroll(cmd *cobra.Command, f enrollFlags) error {
 	if err := checkFlags(cmd.Flags()); err != nil {
 		return err
 	}
+	f.captureSet = cmd.Flags().Changed("capture")
 	pod, decision, err := f.parse(cmd.InOrStdin())
 	if err != nil {
 		return err
@@ -189,8 +192,11 @@ func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
 	var none mesh.Decision
 	if f.pod != "" {
 		namespace, name, ok := strings.Cut(f.pod, "/")
-		if !ok || checkPodName(namespace, name) != nil {
+		if !ok || strings.Contains(name, "/") {
 			return none, fmt.Errorf("--pod: %q is not NAMESPACE/NAME, such as shop/cart-0", f.pod)
+		}
+		if err := checkPodName(namespace, name); err != nil {
+			return none, fmt.Errorf("--pod: %w", err)
 		}
 		pod.Namespace, pod.Name = namespace, name
 	}
@@ -220,20 +226,49 @@ func (f enrollFlags) fromFlags(pod *datapath.Pod) (mesh.Decision, error) {
 		}
 		annotations[key] = value
 	}
+	if value, both := annotations[mesh.AnnotationCapture]; both && f.captureSet && value != f.capture {
+		return none, fmt.Errorf("--capture %s and annotation %s=%s contradict each other: leave one of them out", f.capture, mesh.AnnotationCapture, value)
+	}
 	return mesh.Apply(base, annotations)
 }
 
-// checkPodName refuses what is no pod's name, or longer than the map holds.
+const label = `[a-z0-9]([-a-z0-9]*[a-z0-9])?`
+
+// What Kubernetes takes for names (RFC 1123): a namespace is a label, a pod's name
+// is labels with dots. The map holds no longer ones.
+var (
+	oneLabel  = regexp.MustCompile("^" + label + "$")
+	subdomain = regexp.MustCompile("^" + label + `(\.` + label + ")*$")
+)
+
+// checkPodName refuses what Kubernetes would not call a pod.
 func checkPodName(namespace, name string) error {
-	if namespace == "" || name == "" || strings.Contains(name, "/") || len(namespace) > 63 || len(name) > 253 {
-		return fmt.Errorf("namespace %q and name %q are not those of a pod", namespace, name)
+	for _, n := range []struct {
+		what, text, of string
+		form           *regexp.Regexp
+		most           int
+	}{
+		{"namespace", namespace, `small letters, digits and "-"`, oneLabel, 63},
+		{"pod name", name, `small letters, digits, "-" and "."`, subdomain, 253},
+	} {
+		switch {
+		case n.text == "":
+			return fmt.Errorf("the %s is missing", n.what)
+		case len(n.text) > n.most:
+			return fmt.Errorf("the %s is too long: it has %d characters, and Kubernetes takes at most %d", n.what, len(n.text), n.most)
+		case !n.form.MatchString(n.text):
+			return fmt.Errorf("%q is no %s: Kubernetes takes %s, with a letter or digit at both ends", n.text, n.what, n.of)
+		}
 	}
 	return nil
 }
 
 func parseIDs(texts []string, fallback []uint32) ([]uint32, error) {
-	if len(texts) == 0 {
+	if texts == nil {
 		return fallback, nil
+	}
+	if len(texts) == 0 { // an unset variable of a script
+		return nil, errors.New("it is empty: give a number from 0 to 4294967294, or leave the flag out for 1337")
 	}
 	var out []uint32
 	for _, text := range texts {

@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/mesh"
 )
+
+const giveManifest = "give a running pod's manifest, as \"kubectl get pod NAME -o yaml\" prints it"
 
 // maxManifest is more than an API server keeps of a pod.
 const maxManifest = 4 << 20
@@ -103,14 +106,29 @@ func parseManifest(text []byte) (mesh.Pod, error) {
 		Kind string `json:"kind"`
 		mesh.Pod
 	}
-	if countDocuments(string(text)) > 1 {
+	switch documents := countDocuments(string(text)); {
+	case documents == 0:
+		return mesh.Pod{}, errors.New("it is empty: " + giveManifest)
+	case documents > 1:
 		return mesh.Pod{}, errors.New("these are several documents: give one pod")
 	}
-	if err := yaml.Unmarshal(text, &out); err != nil {
+	// A key that is given twice would be one of the two, without a word.
+	inJSON, err := yaml.YAMLToJSONStrict(text)
+	if err != nil {
 		return mesh.Pod{}, fmt.Errorf("not a pod's YAML or JSON: %s", strings.Join(strings.Fields(err.Error()), " "))
 	}
+	err = json.Unmarshal(inJSON, &out)
+	if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		return mesh.Pod{}, mistyped(inJSON, wrong)
+	}
+	if err != nil {
+		return mesh.Pod{}, fmt.Errorf("not a pod's YAML or JSON: %w", err)
+	}
+	if out.Kind == "" {
+		return mesh.Pod{}, errors.New("it has no kind: " + giveManifest)
+	}
 	if out.Kind != "Pod" {
-		return mesh.Pod{}, fmt.Errorf("its kind is %q, not Pod: give a running pod's manifest, as \"kubectl get pod NAME -o yaml\" prints it", out.Kind)
+		return mesh.Pod{}, fmt.Errorf("its kind is %q, not Pod: %s", out.Kind, giveManifest)
 	}
 	meta := &out.Metadata
 	if meta.Namespace == "" {

@@ -25,14 +25,28 @@ func TestParseManifest(t *testing.T) {
 		{"a line of dashes inside a value", podYAML + "status:\n  message: |\n    ---\n    ---\n", "shop/cart-0", ""},
 		{"two documents", podYAML + "---\n" + podYAML, "", "these are several documents"},
 		{"two documents on lines of dashes", "--- {kind: Pod}\n--- {kind: Pod}\n", "", "these are several documents"},
-		{"no document", "", "", `its kind is "", not Pod`},
+		{"nothing", "", "", "it is empty: give a running pod's manifest"},
+		{"comments alone", "# nothing\n---\n", "", "it is empty: "},
+		{"no kind", "metadata: {name: a}", "", "it has no kind: "},
 		{"a deployment", "kind: Deployment\nmetadata: {name: cart}", "", `its kind is "Deployment", not Pod`},
 		{"a list", "kind: List\nitems: []", "", `its kind is "List", not Pod`},
-		{"a template without a name", "kind: Pod\nmetadata: {namespace: shop, generateName: cart-}", "", `namespace "shop" and name "" are not those of a pod`},
-		{"a name with a slash", "kind: Pod\nmetadata: {name: a/b}", "", `name "a/b"`},
-		{"a name too long", "kind: Pod\nmetadata: {name: " + strings.Repeat("a", 254) + "}", "", "are not those of a pod"},
+		{"a template without a name", "kind: Pod\nmetadata: {namespace: shop, generateName: cart-}", "", "the pod name is missing"},
+		{"a name with a slash", "kind: Pod\nmetadata: {name: a/b}", "", `"a/b" is no pod name: Kubernetes takes small letters`},
+		{"a name too long", "kind: Pod\nmetadata: {name: " + strings.Repeat("a", 254) + "}", "", "the pod name is too long: it has 254 characters, and Kubernetes takes at most 253"},
 		{"no YAML", "kind: [", "", "not a pod's YAML or JSON: "},
-		{"a UID that is no number", "kind: Pod\nspec: {containers: [{securityContext: {runAsUser: envoy}}]}", "", "not a pod's YAML or JSON: "},
+		{"a user that is no number", "kind: Pod\nspec: {containers: [{name: a}, {securityContext: {runAsUser: envoy}}]}", "", "spec.containers[1].securityContext.runAsUser is a string and should be a whole number"},
+		{"a user that is no whole number", "kind: Pod\nspec: {initContainers: [{securityContext: {runAsUser: 1.5}}]}", "", "spec.initContainers[0].securityContext.runAsUser is the number 1.5 and should be a whole number"},
+		{"an annotation that is a number", "kind: Pod\nmetadata: {annotations: {a: b, traffic.sidecar.istio.io/excludeOutboundPorts: 80}}", "", `metadata.annotations["traffic.sidecar.istio.io/excludeOutboundPorts"] is a number and should be a string: quote it`},
+		{"an annotation that is a truth value", "kind: Pod\nmetadata: {annotations: {z/z: c, sidecar.istio.io/inject: false}}", "", `metadata.annotations["sidecar.istio.io/inject"] is true or false and should be a string: quote it`},
+		{"annotations that are a list", "kind: Pod\nmetadata: {annotations: [a]}", "", "metadata.annotations is a list and should be a mapping"},
+		{"containers that are a mapping", "kind: Pod\nspec: {containers: {name: a}}", "", "spec.containers is a mapping and should be a list"},
+		{"a container that is a string", "kind: Pod\nspec: {containers: [{args: [a, b]}, a]}", "", "spec.containers[1] is a string and should be a mapping"},
+		{"a network that is a word", "kind: Pod\nspec: {hostNetwork: maybe}", "", "spec.hostNetwork is a string and should be true or false"},
+		{"a name that is a number", "kind: Pod\nmetadata: {name: 1}", "", "metadata.name is a number and should be a string: quote it"},
+		{"a list of pods", "[a]", "", "it is a list and no pod"},
+		{"a word", "Pod", "", "it is a string and no pod"},
+		{"a key twice", "kind: Pod\nmetadata:\n  name: a\n  name: b\n", "", `line 4: key "name" already set`},
+		{"an annotation twice, in JSON", `{"kind": "Pod", "metadata": {"name": "a", "annotations": {"b/c": "1", "b/c": "2"}}}`, "", `key "b/c" already set`},
 		{"binary", "\x00\x01", "", "not a pod's YAML or JSON: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -46,6 +60,30 @@ func TestParseManifest(t *testing.T) {
 				t.Errorf("it says %v, want %q", err, tt.says)
 			}
 		})
+	}
+}
+
+func TestCheckPodNameTakesWhatKubernetesTakes(t *testing.T) {
+	for _, tt := range []struct{ namespace, name, says string }{
+		{"shop", "cart-0", ""},
+		{"0", "a.b-c.0", ""},
+		{strings.Repeat("a", 63), strings.Repeat("a", 253), ""},
+		{strings.Repeat("a", 64), "cart", "the namespace is too long: it has 64 characters, and Kubernetes takes at most 63"},
+		{"shop", strings.Repeat("a", 254), "the pod name is too long: it has 254 characters"},
+		{"", "cart", "the namespace is missing"},
+		{"shop", "", "the pod name is missing"},
+		{"A B", "ü", `"A B" is no namespace: Kubernetes takes small letters, digits and "-",`},
+		{"shop", "ü", `"ü" is no pod name: Kubernetes takes small letters, digits, "-" and ".",`},
+		{"shop.eu", "cart", `"shop.eu" is no namespace`},
+		{"-shop", "cart", `"-shop" is no namespace`},
+		{"shop", "cart-", `"cart-" is no pod name`},
+		{"shop", "a..b", `"a..b" is no pod name`},
+		{"shop", "a\n", `"a\n" is no pod name`},
+	} {
+		err := checkPodName(tt.namespace, tt.name)
+		if (tt.says == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s/%s: it says %v, want %q", tt.namespace, tt.name, err, tt.says)
+		}
 	}
 }
 

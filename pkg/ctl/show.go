@@ -2,7 +2,6 @@ package ctl
 
 import (
 	"cmp"
-	"fmt"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -16,16 +15,17 @@ import (
 
 func newPods(c *common) *cobra.Command {
 	cmd := newList(c, "pods", "List the enrolled network namespaces", (*datapath.Datapath).Pods,
-		report.Rows{Head: []string{"POD", "COOKIE", "IPV4", "IPV6", "RULES", "INBOUND", "MODE", "CAPTURE", "LISTENERS", "PROGRAMS"}, Empty: "No pod is enrolled."},
+		report.Rows{Head: []string{"POD", "COOKIE", "IPV4", "IPV6", "RULES", "INBOUND", "MODE", "CAPTURE", "LISTENERS", "PROGRAMS", "INTERFACES"}, Empty: "No pod is enrolled.", RareLast: true},
 		func(p datapath.PodInfo) []string {
 			return []string{podName(p), strconv.FormatUint(p.Cookie, 10), addrText(p.Addr4), addrText(p.Addr6),
-				ruleText(p.RulesID), string(p.Inbound), string(p.Mode), string(p.Capture), strconv.Itoa(p.Listeners), strings.Join(p.Programs, ",")}
+				p.RulesID.String(), string(p.Inbound), string(p.Mode), string(p.Capture), strconv.Itoa(p.Listeners), strings.Join(p.Programs, ","), interfaceText(p)}
 		})
 	cmd.Long = `pods lists what is enrolled. RULES is the name of its rule set in "sluicectl
 rules"; CAPTURE since when outbound is captured (waiting and ready: proxy-ready,
 before and after the proxy has listened); LISTENERS how many listeners on the
-proxy's two ports are known. -o json and -o yaml say more, such as the addresses
-that count as the pod's own.`
+proxy's two ports are known; INTERFACES, where a pod has any, those that its rules
+exclude or reroute. -o json and -o yaml say more, such as the addresses that count
+as the pod's own.`
 	return cmd
 }
 
@@ -33,10 +33,10 @@ func newRules(c *common) *cobra.Command {
 	cmd := newList(c, "rules", "List the rule sets, as the kernel looks them up", (*datapath.Datapath).Rules,
 		report.Rows{Head: []string{"RULES", "PODS", "KIND", "MATCH", "VERDICT"}, Empty: "No pod is enrolled, so there are no rules."},
 		func(r datapath.RuleInfo) []string {
-			return []string{ruleText(r.RulesID), strconv.Itoa(r.Pods), r.Kind, r.Match, r.Verdict}
+			return []string{r.RulesID.String(), strconv.Itoa(r.Pods), r.Kind, r.Match, r.Verdict}
 		})
 	cmd.Long = `rules lists ports, ranges and identities as the programs compare them; pods with
-equal rules share a set. Interfaces, which belong to one pod, are not among them.
+equal rules share a set. Interfaces are shown by "sluicectl pods".
 IDs are the machine's, also where a pod has a user namespace of its own.`
 	return cmd
 }
@@ -90,7 +90,17 @@ func podName(p datapath.PodInfo) string {
 	return p.Namespace + "/" + p.Name
 }
 
-func ruleText(id uint32) string { return fmt.Sprintf("%08x", id) }
+// interfaceText is such as "net1:excluded,tap0:rerouted".
+func interfaceText(p datapath.PodInfo) string {
+	var texts []string
+	for _, name := range p.Excluded {
+		texts = append(texts, name+":excluded")
+	}
+	for _, name := range p.Rerouted {
+		texts = append(texts, name+":rerouted")
+	}
+	return strings.Join(texts, ",")
+}
 
 func addrText(a netip.Addr) string {
 	if !a.IsValid() {
@@ -115,18 +125,17 @@ nothing. Its exit status is 0 where Sluice works, 1 where it cannot.`,
 			if err := needRoot(); err != nil {
 				return err
 			}
-			return c.check(cmd, format)
+			return showFindings(cmd, format, append(datapath.Findings(), directories()...))
 		},
 	}
 	addOutput(cmd, c)
 	return cmd
 }
 
-func (c *common) check(cmd *cobra.Command, format report.Format) error {
-	findings := append(datapath.Findings(), directories()...)
+func showFindings(cmd *cobra.Command, format report.Format, findings []datapath.Finding) error {
 	ok := true
 	rows := report.Rows{Head: []string{"", "WHAT", "NEEDED", "OTHERWISE"}}
-	for _, f := range findings {
+	for i, f := range findings {
 		mark, needed := "ok", "optional"
 		if f.Required {
 			needed = "required"
@@ -134,6 +143,8 @@ func (c *common) check(cmd *cobra.Command, format report.Format) error {
 		if !f.OK {
 			mark = "missing"
 			ok = ok && !f.Required
+		} else {
+			findings[i].Means = "" // without the table's heading it would be said to be so
 		}
 		otherwise := f.Means
 		if f.Error != "" {

@@ -13,6 +13,14 @@ import (
 	"github.com/sluice-mesh/sluice/pkg/rules"
 )
 
+// RulesID names a rule set, everywhere in the same form.
+type RulesID uint32
+
+func (id RulesID) String() string { return fmt.Sprintf("%08x", uint32(id)) }
+
+// MarshalText makes it a string in JSON and YAML.
+func (id RulesID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
 // PodInfo is an enrolled pod, as the maps hold it.
 type PodInfo struct {
 	Cookie    uint64     `json:"cookie"`
@@ -21,7 +29,7 @@ type PodInfo struct {
 	UID       string     `json:"uid"`
 	Addr4     netip.Addr `json:"ipv4"`
 	Addr6     netip.Addr `json:"ipv6"`
-	RulesID   uint32     `json:"rulesID"`
+	RulesID   RulesID    `json:"rulesID"`
 	OutPort   uint16     `json:"outboundPort"`
 	InPort    uint16     `json:"inboundPort"`
 	Inbound   Inbound    `json:"inbound"`
@@ -31,15 +39,19 @@ type PodInfo struct {
 	Programs  []string   `json:"programs"`
 	OwnAddrs  []string   `json:"ownAddresses"`
 	Listeners int        `json:"listeners"`
+
+	// The interfaces that the pod's rules name, there or not.
+	Excluded []string `json:"excludedInterfaces"`
+	Rerouted []string `json:"reroutedInterfaces"`
 }
 
 // RuleInfo is one entry of a rule set.
 type RuleInfo struct {
-	RulesID uint32 `json:"rulesID"`
-	Pods    int    `json:"pods"`
-	Kind    string `json:"kind"`
-	Match   string `json:"match"`
-	Verdict string `json:"verdict"`
+	RulesID RulesID `json:"rulesID"`
+	Pods    int     `json:"pods"`
+	Kind    string  `json:"kind"`
+	Match   string  `json:"match"`
+	Verdict string  `json:"verdict"`
 }
 
 // StatInfo is a count of connections.
@@ -57,8 +69,9 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	err := eachPod(d.maps["pods"], func(cookie uint64, p connectPod) {
 		info := PodInfo{
 			Cookie: cookie, Addr4: fromAddr(p.Addr4.B), Addr6: fromAddr(p.Addr6.B),
-			RulesID: p.RulesId, OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup, Mode: rules.Redirect,
+			RulesID: RulesID(p.RulesId), OutPort: p.OutPort, InPort: p.InPort, Inbound: InboundSKLookup, Mode: rules.Redirect,
 			TC: p.tcAttach(), Programs: append([]string{progInbound}, tcProgramNames(p.Flags)...), OwnAddrs: []string{},
+			Excluded: []string{}, Rerouted: []string{},
 		}
 		if p.Flags&connectPodFlagsPOD_INBOUND_TC != 0 {
 			info.Inbound = InboundTC
@@ -90,7 +103,16 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 			p.OwnAddrs = append(p.OwnAddrs, fromAddr(k.Addr.B).String())
 		}
 	})
-	listeners, err2 := keysOf(d.maps["listeners"], func(connectListenerKey) bool { return true })
+	err2 := each(d.maps["interface_names"], func(k connectInterfaceName, kind connectInterfaceKind) {
+		switch p := byCookie[k.Cookie]; {
+		case p == nil:
+		case kind == connectInterfaceKindINTERFACE_EXCLUDED:
+			p.Excluded = append(p.Excluded, text(k.Name[:]))
+		case kind == connectInterfaceKindINTERFACE_REROUTED:
+			p.Rerouted = append(p.Rerouted, text(k.Name[:]))
+		}
+	})
+	listeners, err3 := keysOf(d.maps["listeners"], func(connectListenerKey) bool { return true })
 	for _, l := range listeners {
 		if p := byCookie[l.Cookie]; p != nil {
 			p.Listeners++
@@ -98,11 +120,13 @@ func (d *Datapath) Pods() ([]PodInfo, error) {
 	}
 	for i := range out {
 		slices.Sort(out[i].OwnAddrs)
+		slices.Sort(out[i].Excluded)
+		slices.Sort(out[i].Rerouted)
 	}
 	slices.SortFunc(out, func(a, b PodInfo) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Cookie, b.Cookie))
 	})
-	return out, errors.Join(errs, err1, err2)
+	return out, errors.Join(errs, err1, err2, err3)
 }
 
 // Rules lists the entries of every rule set.
@@ -113,7 +137,7 @@ func (d *Datapath) Rules() ([]RuleInfo, error) {
 	}
 	out := []RuleInfo{}
 	add := func(id uint32, kind, match, verdict string) {
-		out = append(out, RuleInfo{RulesID: id, Pods: users[id], Kind: kind, Match: match, Verdict: verdict})
+		out = append(out, RuleInfo{RulesID: RulesID(id), Pods: users[id], Kind: kind, Match: match, Verdict: verdict})
 	}
 	err := errors.Join(
 		each(d.maps["proxy_ids"], func(k connectProxyIdKey, v uint32) {

@@ -31,7 +31,7 @@ type Finding struct {
 	Name     string `json:"name"`
 	Required bool   `json:"required"`
 	OK       bool   `json:"ok"`
-	Means    string `json:"means"` // what follows from its absence
+	Means    string `json:"means,omitempty"` // what follows from its absence
 	Error    string `json:"error,omitempty"`
 }
 

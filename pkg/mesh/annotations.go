@@ -13,6 +13,7 @@ import (
 // The annotations that Judge and Apply read. All but the last are Istio's.
 const (
 	trafficPrefix = "traffic.sidecar.istio.io/"
+	ownPrefix     = "sluice.dev/"
 
 	annotationMode        = "sidecar.istio.io/interceptionMode"
 	annotationInject      = "sidecar.istio.io/inject" // or label
@@ -24,7 +25,7 @@ const (
 
 	// AnnotationCapture says since when a pod's outbound is captured: "always",
 	// or "proxy-ready" for init containers that need a network.
-	AnnotationCapture = "sluice.dev/capture"
+	AnnotationCapture = ownPrefix + "capture"
 )
 
 // setting is an annotation that has the rules changed.
@@ -122,11 +123,14 @@ func cutMiddle(text string) string {
 
 // Apply changes base as annotations say, for a pod that is known by nothing
 // else. Annotations that have nothing to do with redirection are ignored; a bad
-// value, or a traffic annotation that does not exist, is a *ValueError.
+// value, or an annotation of traffic or of Sluice's own that does not exist, is a
+// *ValueError.
 func Apply(base rules.Rules, annotations map[string]string) (Decision, error) {
-	if unknown := unknownTraffic(annotations); len(unknown) > 0 {
-		key := unknown[0]
-		return Decision{}, &ValueError{"annotation " + key, annotations[key], fmt.Errorf("unknown traffic annotation: known are %s", knownTraffic())}
+	if reason := notInjected(nil, annotations); reason != "" {
+		return Decision{Skip: reason}, nil
+	}
+	if keys := unknown(annotations); len(keys) > 0 {
+		return Decision{}, &ValueError{"annotation " + keys[0], annotations[keys[0]], fmt.Errorf("unknown annotation; %s", known(keys[0]))}
 	}
 	return decide(base, annotations, nil)
 }
@@ -218,35 +222,48 @@ func applyAnnotations(r *rules.Rules, annotations map[string]string) error {
 	return nil
 }
 
-// unknownTraffic returns traffic annotations that do not exist, in order: most
+// prefixOf is the prefix of a key if every annotation below it is about
+// redirection, and else empty.
+func prefixOf(key string) string {
+	for _, prefix := range []string{trafficPrefix, ownPrefix} {
+		if strings.HasPrefix(key, prefix) {
+			return prefix
+		}
+	}
+	return ""
+}
+
+// unknown returns annotations about redirection that do not exist, in order: most
 // likely somebody meant one that does.
-func unknownTraffic(annotations map[string]string) []string {
+func unknown(annotations map[string]string) []string {
 	var out []string
 	for _, key := range slices.Sorted(maps.Keys(annotations)) {
-		known := slices.ContainsFunc(settings, func(s setting) bool { return s.key == key })
-		if strings.HasPrefix(key, trafficPrefix) && !known {
+		exists := slices.ContainsFunc(settings, func(s setting) bool { return s.key == key })
+		if prefixOf(key) != "" && !exists {
 			out = append(out, key)
 		}
 	}
 	return out
 }
 
-func knownTraffic() string {
+// known says what there is where an unknown key was looked for.
+func known(key string) string {
+	prefix := prefixOf(key)
 	var names []string
 	for _, s := range settings {
-		if name, ok := strings.CutPrefix(s.key, trafficPrefix); ok {
+		if name, ok := strings.CutPrefix(s.key, prefix); ok {
 			names = append(names, name)
 		}
 	}
-	return strings.Join(names, ", ")
+	return fmt.Sprintf("known below %s: %s", prefix, strings.Join(names, ", "))
 }
 
 // Reads says whether an annotation can change what Judge decides. Others need not
 // be given to it.
 func Reads(key string) bool {
 	switch key {
-	case annotationMode, annotationInject, annotationStatus, annotationStatusPort, annotationProxyConfig, annotationReroute, AnnotationCapture:
+	case annotationMode, annotationInject, annotationStatus, annotationStatusPort, annotationProxyConfig, annotationReroute:
 		return true
 	}
-	return strings.HasPrefix(key, trafficPrefix)
+	return prefixOf(key) != ""
 }

@@ -112,7 +112,8 @@ var badRows = []struct{ name, key, value, says string }{
 	{"metadata that is none", "proxy.istio.io/config", "proxyMetadata: {a: [b]}", "with strings in proxyMetadata"},
 	{"a configured mode", "proxy.istio.io/config", "interceptionMode: SOME", "give REDIRECT, TPROXY or NONE"},
 	{"a named group", "proxy.istio.io/config", "proxyMetadata: {ISTIO_OUTBOUND_OWNER_GROUPS: java}", "names mean another group in each image"},
-	{"an unknown one", "traffic.sidecar.istio.io/excludeOutboundPort", "80", "unknown traffic annotation: known are includeOutboundIPRanges,"},
+	{"an unknown one", "traffic.sidecar.istio.io/excludeOutboundPort", "80", "unknown annotation; known below traffic.sidecar.istio.io/: includeOutboundIPRanges,"},
+	{"an unknown one of Sluice's", "sluice.dev/capure", "proxy-ready", "unknown annotation; known below sluice.dev/: capture"},
 }
 
 func TestApplyRefusesWithTheAnnotationsName(t *testing.T) {
@@ -183,6 +184,31 @@ func TestModeNoneIsAReasonToSkip(t *testing.T) {
 		got, err := Apply(rules.Default(), map[string]string{key: value})
 		if err != nil || got.Skip != "its interception mode is NONE: nothing is to be redirected" {
 			t.Errorf("%s: %+v, %v", key, got, err)
+		}
+	}
+}
+
+func TestApplySkipsWhatIsNotToBeInjected(t *testing.T) {
+	for value, want := range map[string]string{
+		"false": "annotation sidecar.istio.io/inject is false",
+		"0":     "annotation sidecar.istio.io/inject is 0",
+		"true":  "",
+		"maybe": "",
+	} {
+		got, err := Apply(rules.Default(), map[string]string{"sidecar.istio.io/inject": value})
+		if err != nil || got.Skip != want {
+			t.Errorf("%s: %+v, %v", value, got, err)
+		}
+	}
+}
+
+func TestReadsWhatCanChangeADecision(t *testing.T) {
+	for key, want := range map[string]bool{
+		"sluice.dev/capture": true, "sluice.dev/capure": true, "traffic.sidecar.istio.io/x": true,
+		"sidecar.istio.io/inject": true, "sidecar.istio.io/proxyCPU": false, "sluice.dev": false, "": false,
+	} {
+		if got := Reads(key); got != want {
+			t.Errorf("%q: %t", key, got)
 		}
 	}
 }

@@ -62,8 +62,8 @@ func judge(pod Pod, config Config) (Decision, error) {
 	if err != nil {
 		return Decision{}, err
 	}
-	for _, key := range unknownTraffic(pod.Metadata.Annotations) {
-		d.Warnings = append(d.Warnings, fmt.Sprintf("annotation %s means nothing: known are %s", key, knownTraffic()))
+	for _, key := range unknown(pod.Metadata.Annotations) {
+		d.Warnings = append(d.Warnings, fmt.Sprintf("annotation %s means nothing; %s", key, known(key)))
 	}
 	d.Warnings = append(d.Warnings, identityWarnings(pod, proxy, base)...)
 	return d, nil
@@ -91,16 +91,24 @@ func skip(pod Pod, config Config) string {
 	if len(proxy.Args) >= 2 && proxy.Args[0] == "proxy" && proxy.Args[1] != "" && proxy.Args[1] != "sidecar" {
 		return fmt.Sprintf("its proxy is a %s and no sidecar", shorten(proxy.Args[1]))
 	}
-	// The label counts alone where there is one, even if nobody can read it.
-	what, value := "annotation", meta.Annotations[annotationInject]
-	if label, ok := meta.Labels[annotationInject]; ok {
+	if reason := notInjected(meta.Labels, meta.Annotations); reason != "" {
+		return reason
+	}
+	if _, ok := meta.Annotations[annotationStatus]; !ok {
+		return "it has no annotation " + annotationStatus + ": the injector did not make it a sidecar pod"
+	}
+	return ""
+}
+
+// notInjected returns how a pod says that it is not for the mesh. The label counts
+// alone where there is one, even if nobody can read it.
+func notInjected(labels, annotations map[string]string) string {
+	what, value := "annotation", annotations[annotationInject]
+	if label, ok := labels[annotationInject]; ok {
 		what, value = "label", label
 	}
 	if inject, err := strconv.ParseBool(value); err == nil && !inject {
 		return what + " " + annotationInject + " is " + value
-	}
-	if _, ok := meta.Annotations[annotationStatus]; !ok {
-		return "it has no annotation " + annotationStatus + ": the injector did not make it a sidecar pod"
 	}
 	return ""
 }

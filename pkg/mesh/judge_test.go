@@ -249,7 +249,7 @@ func TestJudgeRefuses(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) { expectRefusal(t, tt.change, tt.says) })
 	}
 	for _, tt := range badRows {
-		if strings.HasPrefix(tt.says, "unknown traffic") {
+		if strings.HasPrefix(tt.says, "unknown annotation") {
 			continue // Istio starts such a pod
 		}
 		t.Run(tt.name, func(t *testing.T) { expectRefusal(t, annotate(tt.key, tt.value), tt.says) })
@@ -282,11 +282,11 @@ func TestJudgeReadsAnnotationsAsApplyDoes(t *testing.T) {
 }
 
 func TestJudgeWarnsOfTypingErrors(t *testing.T) {
-	change := both(annotate("traffic.sidecar.istio.io/excludeOutboundPort", "80"), annotate("traffic.sidecar.istio.io/exclude", "80"))
+	change := both(annotate("traffic.sidecar.istio.io/excludeOutboundPort", "80"), annotate("traffic.sidecar.istio.io/exclude", "80"), annotate("sluice.dev/capure", "always"))
 	pod := injected()
 	change(&pod)
 	got, err := Judge(pod, DefaultConfig())
-	if err != nil || len(got.Warnings) != 2 || !strings.HasPrefix(got.Warnings[0], "annotation traffic.sidecar.istio.io/exclude means nothing: known are includeOutboundIPRanges,") {
+	if err != nil || len(got.Warnings) != 3 || got.Warnings[0] != "annotation sluice.dev/capure means nothing; known below sluice.dev/: capture" || !strings.HasPrefix(got.Warnings[1], "annotation traffic.sidecar.istio.io/exclude means nothing; known below traffic.sidecar.istio.io/: includeOutboundIPRanges,") {
 		t.Errorf("%q, %v", got.Warnings, err)
 	}
 }

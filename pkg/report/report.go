@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -36,6 +37,8 @@ type Rows struct {
 	Head  []string
 	Lines [][]string
 	Empty string // printed in place of a table without lines
+
+	RareLast bool // the last column is left out where no line has anything in it
 }
 
 // Write prints value as JSON or YAML, or rows as a table.
@@ -62,10 +65,14 @@ func writeTable(w io.Writer, rows Rows) error {
 		_, err := fmt.Fprintln(w, rows.Empty)
 		return err
 	}
+	columns := len(rows.Head)
+	if rows.RareLast && !slices.ContainsFunc(rows.Lines, func(line []string) bool { return line[columns-1] != "" }) {
+		columns--
+	}
 	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(tw, strings.Join(rows.Head, "\t"))
+	fmt.Fprintln(tw, strings.Join(rows.Head[:columns], "\t"))
 	for _, line := range rows.Lines {
-		fmt.Fprintln(tw, strings.Join(line, "\t"))
+		fmt.Fprintln(tw, strings.Join(line[:columns], "\t"))
 	}
 	return tw.Flush()
 }

@@ -52,6 +52,26 @@ func TestWriteMatchesItsGoldenFiles(t *testing.T) {
 	}
 }
 
+func TestARareColumnIsThereWhereALineHasIt(t *testing.T) {
+	head := []string{"NAME", "RARE"}
+	for _, tt := range []struct {
+		name  string
+		lines [][]string
+		want  string
+	}{
+		{"no line has it", [][]string{{"a", ""}, {"b", ""}}, "NAME\na\nb\n"},
+		{"a line has it", [][]string{{"a", ""}, {"b", "x"}}, "NAME   RARE\na      \nb      x\n"},
+	} {
+		var got bytes.Buffer
+		if err := Write(&got, Table, nil, Rows{Head: head, Lines: tt.lines, RareLast: true}); err != nil {
+			t.Error(err)
+		}
+		if diff := cmp.Diff(tt.want, got.String()); diff != "" {
+			t.Errorf("%s: %s", tt.name, diff)
+		}
+	}
+}
+
 func TestParseFormat(t *testing.T) {
 	for _, text := range []string{"table", "json", "yaml"} {
 		if f, err := ParseFormat(text); err != nil || string(f) != text {

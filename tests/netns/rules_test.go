@@ -290,7 +290,7 @@ func TestEqualRulesShareAnIDAndGoWithTheLastPod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ids := map[uint64]uint32{}
+	ids := map[uint64]datapath.RulesID{}
 	for _, info := range infos {
 		ids[info.Cookie] = info.RulesID
 	}
