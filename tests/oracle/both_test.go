@@ -19,7 +19,7 @@ import (
 // Sluice beside them while the proxy runs, a proxy that starts later, Istio's rules alone
 // again.
 func TestBothByTPROXY(t *testing.T) {
-	markless := func(p *kit.Pod) func() { return p.StartHAProxy() } // Sluice marks its calls for it
+	markless := func(p *kit.Pod) func() { return p.StartHAProxy(kit.HAProxyTransparent) } // Sluice marks its calls for it
 	marking := func(p *kit.Pod) func() { return p.StartTProxy() }
 	for _, tt := range []struct {
 		name  string
