@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -91,12 +90,9 @@ func (m *mortal) awaitKill() string {
 	}
 	taken := m.taken()
 	step := taken[len(taken)-1]
-	killedAt.Store(step, true)
+	kit.KilledAt(step)
 	return step
 }
-
-// killedAt are the steps at which these tests have killed a daemon.
-var killedAt sync.Map
 
 // ownSteps are those of the daemon itself, each once; the datapath's are killed at
 // elsewhere.
@@ -188,39 +184,13 @@ func TestADaemonThatIsKilledAtAnyStepIsFollowedByOneThatFinishes(t *testing.T) {
 	if strings.Contains(flag.Lookup("test.run").Value.String(), "/") {
 		t.Skip("not every part of the test has run")
 	}
-	for _, step := range stepsIn(t, "agent", "agentapi", "install") {
-		killed := false
-		killedAt.Range(func(at, _ any) bool { killed = strings.HasPrefix(at.(string), step); return !killed })
-		if !killed {
-			t.Errorf("no daemon was killed at the step %q", step)
-		}
+	never, err := kit.NeverKilledAt("agent", "agentapi", "install")
+	if err != nil {
+		t.Fatal(err)
 	}
-}
-
-// stepsIn are the names of the steps that packages have, as far as they are the
-// same each time.
-func stepsIn(t *testing.T, packages ...string) (steps []string) {
-	t.Helper()
-	call := regexp.MustCompile(`failpoint\.Step\("([^"]+)"`)
-	for _, name := range packages {
-		files, err := filepath.Glob(filepath.Join("../../pkg", name, "*.go"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, file := range files {
-			text, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, found := range call.FindAllStringSubmatch(string(text), -1) {
-				steps = append(steps, found[1])
-			}
-		}
+	for _, step := range never {
+		t.Errorf("no daemon was killed at the step %q", step)
 	}
-	if len(steps) < 8 {
-		t.Fatal("too few steps are found: are they still told like this?", steps)
-	}
-	return steps
 }
 
 func killedWhileItStarts(t *testing.T) {

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
@@ -130,6 +132,49 @@ func TestEnrollThatIsKilledAtAnyStepIsCompletedOrUndone(t *testing.T) {
 			s.want(s.empty)
 			s.direct()
 		}
+	})
+}
+
+// The pod's rules change while it runs, and how its interfaces are guarded.
+func TestAChangeThatIsKilledAtAnyStepIsCompletedAndNothingEscapes(t *testing.T) {
+	s := newVictim(t, "crash-change")
+	change := slices.Clone(s.enroll)
+	for from, to := range map[string]string{"tcx": "clsact", "traffic.sidecar.istio.io/excludeOutboundPorts=81": "traffic.sidecar.istio.io/excludeOutboundPorts=82,83"} {
+		change[slices.Index(change, from)] = to
+	}
+	s.v.mustCtl(change...)
+	changed := kit.Pins(t, s.dir)
+	l := startGentleLoad(t, s.world)
+	s.v.atEachStep("", 8, func() { s.v.mustCtl(s.enroll...) }, change, func(step int, _ string) {
+		l.goOn(10)
+		next := [][]string{s.up, change} // the daemon's next start, and what it does then
+		if step%2 == 0 {
+			slices.Reverse(next) // or its next sweep
+		}
+		for _, command := range next {
+			s.v.mustCtl(command...)
+		}
+		s.want(changed)
+	})
+	l.wantNone()
+}
+
+// A version that comes after another removes the maps that it does not have.
+func TestUpThatIsKilledWhileItRemovesAnotherVersionsMapIsCompletedByTheNext(t *testing.T) {
+	s := newVictim(t, "crash-stranger")
+	s.v.mustCtl(s.leave...)
+	pin := filepath.Join(s.dir, datapath.Layout, "maps", "stranger")
+	s.v.atEachStep("up: stranger removed", 1, func() {
+		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(m.Pin(pin), m.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}, s.up, func(int, string) {
+		s.v.mustCtl(s.up...)
+		s.want(s.empty)
 	})
 }
 

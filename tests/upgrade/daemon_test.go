@@ -98,7 +98,11 @@ func (n *daemons) start(killAt int) (steps []string, died bool) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	return strings.Split(strings.TrimSpace(string(text)), "\n"), died
+	steps = strings.Split(strings.TrimSpace(string(text)), "\n")
+	if died {
+		kit.KilledAt(steps[len(steps)-1])
+	}
+	return steps, died
 }
 
 func TestADaemonThatIsKilledAtAnyStepOfItsStartLetsNothingEscape(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -28,8 +29,22 @@ func inBuildDir(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(built.dir)
-	return kit.Run(m)
+	status := kit.Run(m)
+	if status != 0 || flag.Lookup("test.run").Value.String() != "" {
+		return status
+	}
+	never, err := kit.NeverKilledAt("datapath")
+	never = slices.DeleteFunc(never, func(step string) bool { return slices.Contains(killedElsewhere, step) })
+	if err != nil || len(never) > 0 {
+		fmt.Fprintf(os.Stderr, "FAIL: nobody was killed at the steps %q: %v\n", never, err)
+		return 1
+	}
+	return 0
 }
+
+// killedElsewhere are the steps that only a plugin or a sweep takes: tests/cni and
+// tests/agent kill these.
+var killedElsewhere = []string{"attachment written", "release: forgotten", "sweep: a namespace is gone"}
 
 func TestReplacementsUnderLoadFailNothingAndNothingEscapes(t *testing.T) {
 	replaceUnderLoad(t, newWorld(t), newWorld(t, kit.MPTCP))

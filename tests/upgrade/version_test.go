@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/sluice-mesh/sluice/pkg/failpoint"
+	"github.com/sluice-mesh/sluice/tests/kit"
 )
 
 // version is a build of Sluice, with failpoints.
@@ -152,6 +153,7 @@ func (v version) killedAt(step int, args ...string) (steps []string, died bool) 
 	if errors.As(err, &exit) {
 		status := exit.Sys().(syscall.WaitStatus)
 		if status.Signaled() && status.Signal() == syscall.SIGKILL {
+			kit.KilledAt(steps[len(steps)-1])
 			return steps, true
 		}
 	}
