@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -158,6 +159,10 @@ func Run(ctx context.Context, opts Options) (*Result, error) {
 	started := time.Now()
 	all := series{}
 	result := newResult(opts, started)
+	load, _ := os.ReadFile("/proc/loadavg") // every kernel has it
+	if note := otherWork(string(load), result.Machine.CPUs); note != "" {
+		result.Notes["the machine"] = note
+	}
 	done, of := 0, 0
 	for _, sec := range sections() {
 		for i := range opts.incarnations() {

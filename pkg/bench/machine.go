@@ -2,10 +2,12 @@ package bench
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +31,15 @@ var sysctls = []string{
 	"net/core/bpf_jit_enable", "net/core/bpf_jit_harden", "net/core/somaxconn", "net/netfilter/nf_conntrack_max",
 	"net/ipv4/ip_local_port_range", "net/ipv4/tcp_congestion_control", "net/ipv4/tcp_fastopen", "net/ipv4/tcp_mem",
 	"net/ipv4/tcp_syncookies", "net/ipv4/tcp_tw_reuse",
+}
+
+// otherWork is a note on a machine that is not idle, before anything is measured.
+func otherWork(loadavg string, cpus int) (note string) {
+	minute, _, _ := strings.Cut(loadavg, " ")
+	if load, err := strconv.ParseFloat(minute, 64); err == nil && load > float64(cpus)/4 {
+		note = fmt.Sprintf("not idle when this began: its load average was %s. Ratios bear that, absolute figures and p99 do not.", minute)
+	}
+	return note
 }
 
 func thisMachine() Machine {

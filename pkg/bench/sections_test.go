@@ -122,3 +122,11 @@ func TestOnlyNamesWhatQuickRunsLeaveOut(t *testing.T) {
 		}
 	}
 }
+
+func TestABusyMachineIsNoted(t *testing.T) {
+	for load, noted := range map[string]bool{"0.00 0.00 0.00 1/99 7": false, "0.50 9.00 9.00 1/99 7": false, "0.51 0.10 0.10 1/99 7": true, "183.2 1 1": true, "": false} {
+		if got := otherWork(load, 2); (got != "") != noted {
+			t.Errorf("load %q on two CPUs gave the note %q", load, got)
+		}
+	}
+}
