@@ -28,7 +28,8 @@ func newDown(c *common) *cobra.Command {
 		Short: "Remove every program, map and pin of Sluice's",
 		Long: `down detaches every program and removes every map and pin below --bpffs.
 Pods that were enrolled are not captured any more: their new connections go
-direct. Where nothing is left to remove it says so and succeeds.
+direct. Where nothing is left to remove it says so and succeeds. If a sluiced has
+ended here without an uninstall, it removes the plugin and its entry first.
 
 On a node that sluiced runs, it does so only with --now: the daemon then removes
 everything at once, the plugin and its entry in the CNI configuration too, and
@@ -57,6 +58,9 @@ remove it there: then pods stay redirected until they end.`,
 }
 
 func (c *common) down(cmd *cobra.Command) error {
+	if err := c.removeLeft(cmd); err != nil {
+		return err
+	}
 	_, statErr := os.Stat(c.dir)
 	pods, err := datapath.Down(c.dir)
 	if err := errors.Join(err, dropMount(c.dir)); err != nil {
