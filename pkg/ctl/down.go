@@ -61,16 +61,20 @@ func (c *common) down(cmd *cobra.Command) error {
 	if err := c.removeLeft(cmd); err != nil {
 		return err
 	}
-	_, statErr := os.Stat(c.dir)
+	_, statErr := os.Stat(filepath.Join(c.dir, datapath.Layout))
 	pods, err := datapath.Down(c.dir)
 	if err := errors.Join(err, dropMount(c.dir)); err != nil {
 		return err
 	}
 	if errors.Is(statErr, os.ErrNotExist) {
-		cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
+		cmd.Printf("Sluice was not up: nothing of it is pinned in %s.\n", c.dir)
+		for _, dir := range datapath.Find(c.dir) {
+			there := common{dir: dir, runDir: c.runDir}
+			cmd.PrintErrf("sluicectl: warning: a Sluice is up below %s: %s takes it down\n", dir, there.hint("down"))
+		}
 		return nil
 	}
-	cmd.Printf("Sluice is down: nothing is left below %s.", c.dir)
+	cmd.Printf("Sluice is down: nothing of it is left in %s.", c.dir)
 	if pods > 0 {
 		cmd.Printf(" The connections of %s that had been enrolled now go direct.", count(pods, "pod"))
 	}
@@ -93,7 +97,7 @@ func (c *common) takeDown(cmd *cobra.Command, o agentapi.Owner) error {
 		if _, err := os.Stat(filepath.Join(c.dir, datapath.Layout)); !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("sluiced (%s) has left something below %s: its log and its /readyz say why", o, c.dir)
 		}
-		cmd.Printf("Sluice is down: nothing is left below %s, and connections of all pods go direct.\n", c.dir)
+		cmd.Printf("Sluice is down: nothing of it is left in %s, and connections of all pods go direct.\n", c.dir)
 		cmd.Printf("sluiced (%s) does nothing more until it is restarted; so that it does not come back, uninstall it.\n", o)
 		return nil
 	}
