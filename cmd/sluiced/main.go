@@ -42,7 +42,7 @@ redirected, and the next sluiced takes over. While it is away the plugin decides
 by itself, from the state file below --run-dir. It never takes a living pod out
 of the mesh because the API server does not know the pod, or does not answer.
 
-To remove redirection from a node: sluicectl down`,
+To remove redirection from a node at once: sluicectl down --now`,
 		Example: `  NODE_NAME=worker-1 sluiced
   sluiced --node worker-1 --kubeconfig ~/.kube/config --repair off`,
 		Version:       version.String(),

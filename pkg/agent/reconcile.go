@@ -249,7 +249,10 @@ func meshed(p *corev1.Pod) bool {
 // firstState is that of before the API server has said anything: what the last
 // daemon knew of namespaces is better than nothing.
 func (r *reconciler) firstState() agentapi.State {
-	state := agentapi.State{BPFFS: r.config.BPFFS, Mesh: r.config.Mesh, Namespaces: map[string]bool{}}
+	state := agentapi.State{
+		BPFFS: r.config.BPFFS, Mesh: r.config.Mesh, Namespaces: map[string]bool{},
+		CNI: &agentapi.CNI{ConfDir: r.config.Install.ConfDir, BinDir: r.config.Install.BinDir},
+	}
 	if before, err := agentapi.ReadState(r.config.statePath()); err == nil && before.Namespaces != nil {
 		state.Namespaces = before.Namespaces
 	}

@@ -6,22 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"time"
 
 	"github.com/sluice-mesh/sluice/pkg/agentapi"
-	"github.com/sluice-mesh/sluice/pkg/conflist"
 	"github.com/sluice-mesh/sluice/pkg/datapath"
 	"github.com/sluice-mesh/sluice/pkg/failpoint"
-)
-
-const (
-	// addTime is how long an ADD may take, all waits included.
-	addTime = 10 * time.Second
-	// addPoll is how often it is looked for plugins that run. None are found twice
-	// in a row before none are believed to run: a runtime that has read the old
-	// configuration may be about to start one.
-	addPoll = 500 * time.Millisecond
 )
 
 // retreat takes the entry out of the runtime's configuration and waits until no
@@ -35,35 +23,7 @@ func (a *Agent) retreat() {
 		return
 	}
 	failpoint.Step("uninstall: entry withdrawn")
-	plugin, err := os.Stat(a.pluginPath())
-	if err != nil {
-		return // it is not there: nobody can run it
-	}
-	for none, until := 0, time.Now().Add(addTime); none < 2 && time.Now().Before(until); time.Sleep(addPoll) {
-		none++
-		if runs(plugin) {
-			none = 0
-		}
-	}
-}
-
-// pluginPath is where the plugin is installed.
-func (a *Agent) pluginPath() string {
-	return filepath.Join(a.config.Install.BinDir, conflist.Type)
-}
-
-// runs says whether a process that can be seen runs a program.
-func runs(program os.FileInfo) bool {
-	paths, err := filepath.Glob("/proc/[0-9]*/exe")
-	if err != nil {
-		return false
-	}
-	for _, path := range paths {
-		if running, err := os.Stat(path); err == nil && os.SameFile(running, program) {
-			return true
-		}
-	}
-	return false
+	a.installer.AwaitIdle()
 }
 
 // uninstall removes what the daemon has put on the node. Enrolled pods stay

@@ -24,6 +24,16 @@ type State struct {
 	// Namespaces that the daemon knows: true where pods are in the mesh unless
 	// they say otherwise.
 	Namespaces map[string]bool `json:"namespaces"`
+
+	// CNI is where the daemon has installed the plugin, for who removes it when no
+	// daemon runs; nil: it is of a version that does not say.
+	CNI *CNI `json:"cni,omitempty"`
+}
+
+// CNI are the directories of a container runtime; empty: nothing is installed.
+type CNI struct {
+	ConfDir string `json:"confDir"`
+	BinDir  string `json:"binDir"`
 }
 
 // ErrNoState is returned where the daemon has left no state that this plugin can

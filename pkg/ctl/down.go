@@ -28,7 +28,8 @@ func newDown(c *common) *cobra.Command {
 		Short: "Remove every program, map and pin of Sluice's",
 		Long: `down detaches every program and removes every map and pin below --bpffs.
 Pods that were enrolled are not captured any more: their new connections go
-direct. Where nothing is left to remove it says so and succeeds.
+direct. Where nothing is left to remove it says so and succeeds. If a sluiced has
+ended here without an uninstall, it removes the plugin and its entry first.
 
 On a node that sluiced runs, it does so only with --now: the daemon then removes
 everything at once, the plugin and its entry in the CNI configuration too, and
@@ -57,16 +58,23 @@ remove it there: then pods stay redirected until they end.`,
 }
 
 func (c *common) down(cmd *cobra.Command) error {
-	_, statErr := os.Stat(c.dir)
+	if err := c.removeLeft(cmd); err != nil {
+		return err
+	}
+	_, statErr := os.Stat(filepath.Join(c.dir, datapath.Layout))
 	pods, err := datapath.Down(c.dir)
 	if err := errors.Join(err, dropMount(c.dir)); err != nil {
 		return err
 	}
 	if errors.Is(statErr, os.ErrNotExist) {
-		cmd.Printf("Sluice was not up: nothing below %s.\n", c.dir)
+		cmd.Printf("Sluice was not up: nothing of it is pinned in %s.\n", c.dir)
+		for _, dir := range datapath.Find(c.dir) {
+			there := common{dir: dir, runDir: c.runDir}
+			cmd.PrintErrf("sluicectl: warning: a Sluice is up below %s: %s takes it down\n", dir, there.hint("down"))
+		}
 		return nil
 	}
-	cmd.Printf("Sluice is down: nothing is left below %s.", c.dir)
+	cmd.Printf("Sluice is down: nothing of it is left in %s.", c.dir)
 	if pods > 0 {
 		cmd.Printf(" The connections of %s that had been enrolled now go direct.", count(pods, "pod"))
 	}
@@ -89,7 +97,7 @@ func (c *common) takeDown(cmd *cobra.Command, o agentapi.Owner) error {
 		if _, err := os.Stat(filepath.Join(c.dir, datapath.Layout)); !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("sluiced (%s) has left something below %s: its log and its /readyz say why", o, c.dir)
 		}
-		cmd.Printf("Sluice is down: nothing is left below %s, and connections of all pods go direct.\n", c.dir)
+		cmd.Printf("Sluice is down: nothing of it is left in %s, and connections of all pods go direct.\n", c.dir)
 		cmd.Printf("sluiced (%s) does nothing more until it is restarted; so that it does not come back, uninstall it.\n", o)
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluice-mesh/sluice/pkg/datapath"
@@ -32,6 +33,9 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
   sluicectl up --cgroup /sys/fs/cgroup/test --bpffs /tmp/bpf/sluice`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkSizes(cmd.Flags()); err != nil {
+				return err
+			}
 			opts.Dir, opts.Log, opts.Flags = c.dir, c.log(), c.flags()
 			return c.up(cmd, opts)
 		},
@@ -41,9 +45,36 @@ A namespace is captured only once it is enrolled: see "sluicectl enroll --help".
 	f.StringVar(&opts.SockoptCgroup, "sockopt-cgroup", "", "cgroup2 directory of the getsockopt program, which every getsockopt() below it pays for; all proxies must be below it (default: the --cgroup)")
 	f.Uint32Var(&opts.Handshakes, "handshakes", 0, "size of the handshakes table, at the first start (default 65536)")
 	f.Uint32Var(&opts.Targets, "targets", 0, "size of the address books together, at the first start (default 262144)")
-	f.Uint32Var(&opts.TargetShare, "target-share", 0, "how many destinations one pod's address book may hold (default: a sixteenth)")
-	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many handshakes one pod may hold (default: a quarter)")
+	f.Uint32Var(&opts.TargetShare, "target-share", 0, "how many destinations one pod's address book may hold from now on (default: a sixteenth)")
+	f.Uint32Var(&opts.HandshakeShare, "handshake-share", 0, "how many handshakes one pod may hold from now on (default: a quarter)")
 	return cmd
+}
+
+// checkSizes bounds tables by what the kernel takes, whatever the memory.
+func checkSizes(flags *pflag.FlagSet) error {
+	const most = 1 << 24
+	for _, name := range []string{"handshakes", "targets", "handshake-share", "target-share"} {
+		n, err := flags.GetUint32(name)
+		if err != nil {
+			return err
+		}
+		if flags.Changed(name) && (n == 0 || n > most) {
+			return fmt.Errorf("--%s: %d is not a size: give a number from 1 to %d", name, n, most)
+		}
+	}
+	return nil
+}
+
+// warnSizes says where a table was made with another size than is asked for now.
+func (c *common) warnSizes(cmd *cobra.Command, d *datapath.Datapath, opts datapath.Options) {
+	for _, t := range []struct {
+		table string
+		asked uint32
+	}{{"handshakes", opts.Handshakes}, {"targets", opts.Targets}} {
+		if has := d.Size(t.table); t.asked != 0 && t.asked != has {
+			cmd.PrintErrf("sluicectl: warning: the table %s keeps the size that it was made with, %d, and not %d: only %s and \"up\" anew changes that, and un-enrols every pod\n", t.table, has, t.asked, c.hint("down"))
+		}
+	}
 }
 
 func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
@@ -61,7 +92,7 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	if err := ensureBPFFS(c.dir); err != nil {
 		return err
 	}
-	_, statErr := os.Stat(c.dir)
+	_, statErr := os.Stat(filepath.Join(c.dir, datapath.Layout))
 	d, err := datapath.Up(opts)
 	if err == nil {
 		defer d.Close()
@@ -80,6 +111,7 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 		return err
 	}
 	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %s enrolled.\n", opts.Cgroup, c.dir, count(len(pods), "pod"))
+	c.warnSizes(cmd, d, opts)
 	return warnOthers(cmd, d, opts.Cgroup)
 }
 

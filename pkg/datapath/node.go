@@ -86,6 +86,9 @@ func (d *Datapath) up() error {
 	if err != nil {
 		return err
 	}
+	if err := d.settleShares(); err != nil {
+		return err
+	}
 	programs, closeAll, err := d.loadNode()
 	if err != nil {
 		return err

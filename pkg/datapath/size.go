@@ -1,6 +1,10 @@
 package datapath
 
-import "github.com/cilium/ebpf"
+import (
+	"fmt"
+
+	"github.com/cilium/ebpf"
+)
 
 // DefaultMaxPods is how many pods of a node the tables hold by default, which is
 // what they are defined for.
@@ -23,4 +27,27 @@ func (o Options) sizes(maps map[string]*ebpf.MapSpec) map[string]uint32 {
 		}
 	}
 	return out
+}
+
+// Size is how many entries a table has room for.
+func (d *Datapath) Size(table string) uint32 { return d.maps[table].MaxEntries() }
+
+// settleShares decides what one pod may hold of the tables, which may be of other
+// sizes than those asked for, and refuses more than they hold.
+func (d *Datapath) settleShares() error {
+	for table, s := range map[string]struct {
+		share   *uint32
+		divisor uint32
+	}{
+		"handshakes": {&d.opts.HandshakeShare, handshakeDivisor},
+		"targets":    {&d.opts.TargetShare, targetShareDivisor},
+	} {
+		if *s.share == 0 {
+			*s.share = max(d.Size(table)/s.divisor, 1)
+		}
+		if *s.share > d.Size(table) {
+			return fmt.Errorf("one pod cannot hold %d %s: the table has room for %d, so give a smaller share", *s.share, table, d.Size(table))
+		}
+	}
+	return nil
 }

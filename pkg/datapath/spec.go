@@ -90,14 +90,8 @@ func (o *Options) complete() {
 	if o.Handshakes == 0 {
 		o.Handshakes = defaultHandshakes
 	}
-	if o.HandshakeShare == 0 {
-		o.HandshakeShare = max(o.Handshakes/handshakeDivisor, 1)
-	}
 	if o.Targets == 0 {
 		o.Targets = targetsPerPod * o.MaxPods
-	}
-	if o.TargetShare == 0 {
-		o.TargetShare = max(o.Targets/targetShareDivisor, 1)
 	}
 	if o.Flags == "" && o.Dir != DefaultDir {
 		o.Flags = " --bpffs " + o.Dir

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"path/filepath"
 	"sync"
 	"testing"
 
@@ -183,7 +184,14 @@ func fates(t *testing.T, clients map[netip.AddrPort]*kit.Sock) (arrived, refusal
 }
 
 func TestAPodThatUsesUpItsShareLeavesTheOthersAlone(t *testing.T) {
-	d := kit.OwnDatapath(t, datapath.Options{Handshakes: 64, HandshakeShare: 16})
+	opts := datapath.Options{Dir: filepath.Join(kit.BPFFS(t), "shares"), Cgroup: kit.Cgroup(t), Handshakes: 64}
+	d := kit.OwnDatapath(t, opts)
+	opts.Handshakes = 0 // whoever comes later need not know the size: a quarter of it stays a quarter
+	again, err := datapath.Up(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Close()
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
 			greedy, other := handshakePod(t, d, f), handshakePod(t, d, f)
