@@ -43,13 +43,15 @@ IDs are the machine's, also where a pod has a user namespace of its own.`
 
 func newStats(c *common) *cobra.Command {
 	cmd := newList(c, "stats", "Count connections by what became of them, and why", (*datapath.Datapath).Stats,
-		report.Rows{Head: []string{"POD", "COOKIE", "REASON", "CONNECTIONS"}, Empty: "No connection of an enrolled pod has been seen yet."},
+		report.Rows{Head: []string{"POD", "COOKIE", "REASON", "COUNT", "UNIT"}, Empty: "No connection of an enrolled pod has been seen yet."},
 		func(s datapath.StatInfo) []string {
-			return []string{cmp.Or(s.Pod, "-"), strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10)}
+			return []string{cmp.Or(s.Pod, "-"), strconv.FormatUint(s.Cookie, 10), s.Reason, strconv.FormatUint(s.Count, 10), s.Unit}
 		})
 	cmd.Long = `stats counts since a pod was enrolled. docs/rules.md has the rule behind each
 reason. captured-*: given to the proxy; direct-*: let go; refused-*, guard-*:
-stopped. An outbound connection that finds no proxy is counted as captured.`
+stopped. UNIT is what is counted: mostly connections, but the guard sees packets,
+and a SYN that it drops is sent again. An outbound connection that finds no proxy
+is counted as captured.`
 	return cmd
 }
 

@@ -54,12 +54,13 @@ type RuleInfo struct {
 	Verdict string  `json:"verdict"`
 }
 
-// StatInfo is a count of connections.
+// StatInfo is a count of connections, or of what else its reason is about.
 type StatInfo struct {
 	Cookie uint64 `json:"cookie"`
 	Pod    string `json:"pod"` // NAMESPACE/NAME, or empty
 	Reason string `json:"reason"`
 	Count  uint64 `json:"count"`
+	Unit   string `json:"unit"` // such as "connections"
 }
 
 // Pods lists the enrolled pods by namespace, name and cookie.
@@ -217,7 +218,7 @@ func (d *Datapath) Stats() ([]StatInfo, error) {
 		for _, n := range perCPU {
 			sum += n
 		}
-		out = append(out, StatInfo{Cookie: k.Cookie, Pod: names[k.Cookie], Reason: ReasonName(k.Reason), Count: sum})
+		out = append(out, StatInfo{Cookie: k.Cookie, Pod: names[k.Cookie], Reason: ReasonName(k.Reason), Count: sum, Unit: UnitOf(k.Reason)})
 	})
 	slices.SortFunc(out, func(a, b StatInfo) int {
 		return cmp.Or(cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.Cookie, b.Cookie), cmp.Compare(a.Reason, b.Reason))

@@ -72,6 +72,22 @@ func ReasonName(r Reason) string {
 	return fmt.Sprintf("reason-%d", r)
 }
 
+// UnitOf is what a reason counts. The guard sees packets, and a SYN that it drops
+// is sent again.
+func UnitOf(r Reason) string {
+	switch r {
+	case connectReasonGUARD_NO_VERDICT, connectReasonGUARD_OTHER_INTERFACE:
+		return "SYNs"
+	case connectReasonGUARD_LOOPBACK, connectReasonREFUSED_REROUTED:
+		return "packets"
+	case connectReasonREFUSED_NO_RECORD:
+		return "calls"
+	case connectReasonLISTENER_NOT_MAPPABLE, connectReasonLISTENER_SLOTS_FULL:
+		return "listeners"
+	}
+	return "connections"
+}
+
 func toAddr(a netip.Addr) (out connectAddr) {
 	if a.IsValid() {
 		out.B = a.As16()

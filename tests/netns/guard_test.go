@@ -250,3 +250,41 @@ func TestACapturedConnectBoundToAnInterfaceNeverLeavesThePod(t *testing.T) {
 		})
 	}
 }
+
+// A socket from another cgroup, whose connect() no hook sees. Its SYN is dropped, and
+// sent again after a second.
+func TestGuardCountsSYNsAndNoConnections(t *testing.T) {
+	d := kit.Datapath(t)
+	p := kit.NewPod(t)
+	server := p.Far.Listen(kit.Root, at("0.0.0.0", 80))
+	defer server.Close()
+	kit.Outside(t, func() {
+		direct, err := p.Dial(kit.App, unix.AF_INET, ap(kit.Far4, 80))
+		if err != nil {
+			t.Fatal("without Sluice:", err)
+		}
+		kit.Exchange(t, direct, server.MustAccept(), 100)
+		p.Enroll(d)
+		s, err := p.Socket(kit.App, unix.AF_INET)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if err := unix.SetNonblock(s.FD, true); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Connect(ap(kit.Far4, 80)); !errors.Is(err, unix.ETIMEDOUT) { // it is under way
+			t.Fatal("the connect ends with", err)
+		}
+		kit.Eventually(t, "the SYN is sent again", func() bool { return p.Stat(d, byGuard) > 1 })
+	})
+	stats, err := d.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range stats {
+		if s.Cookie == p.Cookie() && (s.Reason != byGuard || s.Unit != "SYNs") {
+			t.Errorf("counted is %+v", s)
+		}
+	}
+}
