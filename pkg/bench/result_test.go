@@ -127,6 +127,20 @@ func TestAResultIsReadAsItWasWritten(t *testing.T) {
 	}
 }
 
+func TestOneCountMakesNoChart(t *testing.T) {
+	dir, r := t.TempDir(), madeUp(t, 1)
+	r.Rows = slices.DeleteFunc(r.Rows, func(row Row) bool { return row.Backend == level(sluice, 1000) })
+	if err := r.WriteFiles(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "pods.svg")); err == nil {
+		t.Error("there is a chart of a single count")
+	}
+	if page, err := os.ReadFile(filepath.Join(dir, "bench.md")); err != nil || strings.Contains(string(page), "pods.svg") {
+		t.Errorf("bench.md has a chart that is not there: %v", err)
+	}
+}
+
 func TestReadRefusesWhatIsNoResult(t *testing.T) {
 	for name, c := range map[string]struct{ text, complaint string }{
 		"no JSON":         {"hello", "not a result"},
