@@ -109,8 +109,8 @@ func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Release
 	return out, err
 }
 
-// release un-enrols before it forgets: if it is cut off between the two, a second
-// DEL finds the record.
+// release un-enrols before it forgets: if that fails, or is cut off between the two,
+// a second DEL finds the record.
 func (d *Datapath) release(key connectAttachmentKey, value connectAttachment, ns *netns.NetNS) (Released, error) {
 	out := Released{Attachment: attachmentOf(value)}
 	others := false
@@ -127,7 +127,10 @@ func (d *Datapath) release(key connectAttachmentKey, value connectAttachment, ns
 		out.Unenrolled = true
 		err = d.unenroll(value.Cookie, ns)
 	}
-	err = errors.Join(err, deleteKey(d.maps["attachments"], key))
+	if err != nil {
+		return out, err
+	}
+	err = deleteKey(d.maps["attachments"], key)
 	failpoint.Step("release: forgotten")
 	return out, err
 }
