@@ -106,8 +106,11 @@ func (r *reconciler) adopt() error {
 	return nil
 }
 
+// strayTime is longer than any ADD takes.
+const strayTime = 15 * time.Second
+
 // sweep un-enrols the namespaces that are gone. Attachments of namespaces that are
-// not enrolled go the second time they are seen, for an ADD may be under way.
+// not enrolled go only after a while, for an ADD may be under way.
 func (r *reconciler) sweep() error {
 	if err := r.node.StillUp(); errors.Is(err, datapath.ErrNotUp) {
 		select {
@@ -123,12 +126,16 @@ func (r *reconciler) sweep() error {
 		living[cookie] = true
 	}
 	strays, strayErr := r.node.Strays()
-	now, again := map[uint64]struct{}{}, []uint64{}
+	now, long := map[uint64]time.Time{}, []uint64{}
 	r.mu.Lock()
 	for _, cookie := range strays {
-		now[cookie] = struct{}{}
-		if _, before := r.strays[cookie]; before {
-			again = append(again, cookie)
+		since, before := r.strays[cookie]
+		if !before {
+			since = time.Now()
+		}
+		now[cookie] = since
+		if time.Since(since) > strayTime {
+			long = append(long, cookie)
 		}
 	}
 	r.strays = now
@@ -136,9 +143,9 @@ func (r *reconciler) sweep() error {
 		maps.DeleteFunc(r.applied, func(cookie uint64, _ rules.Rules) bool { return !living[cookie] })
 	}
 	r.mu.Unlock()
-	if len(again) > 0 {
-		r.log.WithField(fieldCount, len(again)).Info("attachments of namespaces that are not enrolled are dropped")
-		strayErr = errors.Join(strayErr, r.node.DropStrays(again))
+	if len(long) > 0 {
+		r.log.WithField(fieldCount, len(long)).Info("attachments of namespaces that are not enrolled are dropped")
+		strayErr = errors.Join(strayErr, r.node.DropStrays(long))
 	}
 	if err := errors.Join(err, strayErr); err != nil {
 		return fmt.Errorf("sweep: %w", err)
@@ -148,9 +155,13 @@ func (r *reconciler) sweep() error {
 
 // sweepAgain has the sweep come back soon while a pod is enrolled that the API
 // server does not know any more: it stays for as long as its namespace lives, but
-// nothing tells when that ends, where no DEL names it.
+// nothing tells when that ends, where no DEL names it. Namespaces that outlive their
+// pods for longer are left to the resync.
 func (r *reconciler) sweepAgain() error {
-	if !r.cluster.pods.HasSynced() {
+	r.mu.Lock()
+	recent := time.Since(r.lastDeleted) < r.config.Resync
+	r.mu.Unlock()
+	if !recent {
 		return nil
 	}
 	all, err := r.readPods()

@@ -32,7 +32,7 @@ type metrics struct {
 const namespace = "sluice"
 
 var (
-	descConnections = desc("connections_total", "Connections judged, by direction and by what became of them; of guard-*, SYNs or packets. What was counted for a pod since the last look is lost when the pod ends.", "direction", "reason")
+	descConnections = desc("connections_total", "What became of connections, by direction and reason; some reasons count SYNs, packets or calls, as docs/rules.md says. What was counted for a pod since the last look is lost when the pod ends.", "direction", "reason")
 	descPods        = desc("pods", "Pods that are enrolled.")
 	descProvisional = desc("provisional_attachments", "Interfaces of pods that were enrolled in doubt and are to be judged again.")
 	descEntries     = desc("map_entries", "Entries of a BPF map.", "map")

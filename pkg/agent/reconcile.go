@@ -61,13 +61,14 @@ type reconciler struct {
 
 	processes processes
 
-	mu      sync.Mutex
-	state   agentapi.State
-	pods    snapshot               // what is enrolled, read a moment ago
-	applied map[uint64]rules.Rules // by cookie: the rules known to be in force
-	skipped map[types.UID]string   // pods that ADD left alone, and why
-	said    map[types.UID]said     // so that no Event comes twice
-	strays  map[uint64]struct{}    // attachments without a pod, at the last sweep
+	mu          sync.Mutex
+	state       agentapi.State
+	pods        snapshot               // what is enrolled, read a moment ago
+	applied     map[uint64]rules.Rules // by cookie: the rules known to be in force
+	skipped     map[types.UID]string   // pods that ADD left alone, and why
+	said        map[types.UID]said     // so that no Event comes twice
+	strays      map[uint64]time.Time   // attachments without a pod, since when
+	lastDeleted time.Time              // when the API server last told of a pod's end
 }
 
 type taskQueue = workqueue.TypedRateLimitingInterface[task]
@@ -84,7 +85,7 @@ func newReconciler(config Config, client typed.CoreV1Interface, n node, ready *r
 		config: config, client: client, node: n, ready: ready, metrics: m, log: log,
 		events: newEvents(client, config.Node),
 		queue:  newQueue(), repairs: newQueue(), lost: make(chan error, 1),
-		applied: map[uint64]rules.Rules{}, skipped: map[types.UID]string{}, said: map[types.UID]said{}, strays: map[uint64]struct{}{},
+		applied: map[uint64]rules.Rules{}, skipped: map[types.UID]string{}, said: map[types.UID]said{}, strays: map[uint64]time.Time{},
 	}
 	var err error
 	if r.cluster, err = newCluster(client, config.Node, r.trouble); err != nil {
@@ -121,6 +122,7 @@ func (r *reconciler) deleted(object any) {
 		r.mu.Lock()
 		delete(r.skipped, p.UID)
 		delete(r.said, p.UID)
+		r.lastDeleted = time.Now()
 		r.mu.Unlock()
 	}
 	r.queue.AddAfter(taskSweep, settleTime)

@@ -237,14 +237,19 @@ func TestAPodThatADDLeftAloneIsNotRepaired(t *testing.T) {
 	}
 }
 
-func TestStrayAttachmentsGoTheSecondTime(t *testing.T) {
+func TestStrayAttachmentsGoOnceNoADDCanBeAtThem(t *testing.T) {
 	w := newWorld(t, fake.NewClientset())
 	w.fake.strays = []uint64{3, 4}
-	if err := w.sweep(); err != nil || len(w.fake.dropped) != 0 {
-		t.Error(err, w.fake.dropped)
+	for range 2 {
+		if err := w.sweep(); err != nil || len(w.fake.dropped) != 0 {
+			t.Error(err, w.fake.dropped)
+		}
+	}
+	for cookie := range w.strays {
+		w.strays[cookie] = time.Now().Add(-strayTime - time.Second)
 	}
 	w.fake.strays = []uint64{4, 5}
-	if err := w.sweep(); err != nil || len(w.fake.dropped) != 1 || w.fake.dropped[0] != 4 {
+	if err := w.sweep(); err != nil || !slices.Equal(w.fake.dropped, []uint64{4}) {
 		t.Error(err, w.fake.dropped)
 	}
 	w.events.close()
@@ -263,19 +268,21 @@ func (q *laterQueue) AddAfter(t task, after time.Duration) { q.later = append(q.
 func TestTheSweepComesBackWhileAnEnrolledPodIsUnknownToTheAPIServer(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
-		uid   string // of the pod that is enrolled
+		uid   string        // of the pod that is enrolled
+		ago   time.Duration // a pod was deleted
 		again bool
 	}{
-		{"known", "u1", false},
-		{"deleted", "u2", true}, // the pod of that name is another
-		{"not a pod of Kubernetes", "", false},
+		{"known", "u1", 0, false},
+		{"deleted", "u2", 0, true}, // the pod of that name is another
+		{"deleted long ago", "u2", time.Hour, false},
+		{"not a pod of Kubernetes", "", 0, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld(t, fake.NewClientset(sidecar("u1"))).start()
 			w.eventually("the pod is known", func() bool { return w.cluster.get("shop/cart") != nil })
 			w.eventually("the tasks are done", func() bool { return w.queue.Len() == 0 })
 			w.fake.enroll(7, tt.uid, rulesOf(t, sidecar("u1")), false)
-			r := &reconciler{node: w.fake, cluster: w.cluster, metrics: w.metrics}
+			r := &reconciler{node: w.fake, cluster: w.cluster, metrics: w.metrics, config: w.config, lastDeleted: time.Now().Add(-tt.ago)}
 			later := &laterQueue{taskQueue: w.queue}
 			r.queue = later
 			if err := r.sweep(); err != nil {
