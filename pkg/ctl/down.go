@@ -57,13 +57,18 @@ remove it there: then pods stay redirected until they end.`,
 	return cmd
 }
 
-func (c *common) down(cmd *cobra.Command) error {
-	if err := c.removeLeft(cmd); err != nil {
+func (c *common) down(cmd *cobra.Command) (err error) {
+	left, err := c.removePlugin(cmd)
+	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, left.Close()) }()
 	_, statErr := os.Stat(filepath.Join(c.dir, datapath.Layout))
 	pods, err := datapath.Down(c.dir)
 	if err := errors.Join(err, dropMount(c.dir)); err != nil {
+		return err
+	}
+	if err := left.removeFiles(); err != nil {
 		return err
 	}
 	if errors.Is(statErr, os.ErrNotExist) {

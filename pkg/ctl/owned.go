@@ -10,7 +10,7 @@ import (
 // one.
 func (c *common) owner() (agentapi.Owner, bool, error) {
 	o, owned, err := agentapi.OwnerOf(c.runDir)
-	return o, owned && o.BPFFS == c.dir, err
+	return o, owned && same(o.BPFFS, c.dir), err
 }
 
 // mayChange refuses to change by hand what a node daemon owns, with what to do

@@ -112,18 +112,21 @@ func (c *common) up(cmd *cobra.Command, opts datapath.Options) error {
 	}
 	cmd.Printf("Sluice is up: programs on %s, pinned below %s, %s enrolled.\n", opts.Cgroup, c.dir, count(len(pods), "pod"))
 	c.warnSizes(cmd, d, opts)
-	return warnOthers(cmd, d, opts.Cgroup)
+	warnOthers(cmd, d, opts.Cgroup)
+	return nil
 }
 
 // warnOthers names who else is attached to the same cgroup, which works as long as
 // no pod is enrolled with two of them.
-func warnOthers(cmd *cobra.Command, d *datapath.Datapath, cgroup string) error {
+func warnOthers(cmd *cobra.Command, d *datapath.Datapath, cgroup string) {
 	others, err := d.Others()
-	if err != nil || len(others) == 0 {
-		return err
+	if err != nil {
+		cmd.PrintErrf("sluicectl: warning: whether another Sluice is on %s could not be seen: %v\n", cgroup, err)
+	}
+	if len(others) == 0 {
+		return
 	}
 	cmd.PrintErrf("sluicectl: warning: on %s is another Sluice too, pinned below %s. Each captures and shows only the pods that were enrolled with its own --bpffs; enroll no pod with both\n", cgroup, strings.Join(others, " and "))
-	return nil
 }
 
 // prove shows that the programs see this process, unless it is outside their

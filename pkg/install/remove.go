@@ -29,6 +29,17 @@ func Remove(confDir, binDir string, log logrus.FieldLogger) error {
 	return i.RemovePlugin()
 }
 
+// Entries are the files of a configuration directory that have an entry of
+// Sluice's. What cannot be read has none.
+func Entries(confDir string) (paths []string) {
+	i := &Installer{opts: Options{ConfDir: confDir}}
+	_ = i.eachWithEntry(isConf, func(c *confFile) error {
+		paths = append(paths, filepath.Join(confDir, c.name))
+		return nil
+	})
+	return paths
+}
+
 // AwaitIdle waits until no plugin runs that can be seen, at most as long as an ADD
 // may take. It is for after Withdraw.
 func (i *Installer) AwaitIdle() {

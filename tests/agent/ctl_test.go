@@ -99,7 +99,7 @@ func TestDownRemovesThePluginOfADaemonThatHasEnded(t *testing.T) {
 			if h.entry() == nil {
 				t.Error("the entry of another Sluice is gone")
 			}
-			n.ctl(true, "The CNI plugin of sluiced, which does not run, is gone from "+h.confDir+" and "+h.binDir+".\nSluice is down", "down")
+			n.ctl(true, "No CNI plugin of sluiced, which does not run, is left in "+h.confDir+" and "+h.binDir+".\nSluice is down", "down", "--bpffs", n.bpffs+"/") // the same directory
 			goesTo(t, p, server, to)
 			h.isClean()
 			n.isDown()
