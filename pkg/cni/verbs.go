@@ -25,7 +25,7 @@ func del(_ context.Context, c *call) error {
 			ns = open
 		}
 		released, found, err := d.Release(c.attachmentID(), ns)
-		if found {
+		if found && err == nil {
 			c.log.WithField("unenrolled", released.Unenrolled).Info("attachment released")
 		}
 		return err

@@ -83,7 +83,8 @@ func (d *Datapath) Release(a AttachmentID, ns *netns.NetNS) (out Released, found
 	return out, true, err
 }
 
-// ReleaseStale releases every attachment of a network but the valid ones.
+// ReleaseStale releases every attachment of a network but the valid ones, and lists
+// what it has released.
 func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Released, error) {
 	unlock, err := d.lock()
 	if err != nil {
@@ -104,7 +105,11 @@ func (d *Datapath) ReleaseStale(network string, valid []AttachmentID) ([]Release
 	var out []Released
 	for key, value := range stale {
 		r, e := d.release(key, value, nil)
-		out, err = append(out, r), errors.Join(err, e)
+		if e != nil {
+			err = errors.Join(err, e)
+			continue
+		}
+		out = append(out, r)
 	}
 	return out, err
 }

@@ -88,8 +88,8 @@ func (d *Datapath) noteListener(cookie uint64, s netns.Socket, pod connectPod, o
 		return nil
 	}
 	if key.Port == pod.InPort && pod.Flags&connectPodFlagsPOD_TPROXY != 0 {
-		if err := giveMark(s); err != nil {
-			return err
+		if err := giveMark(s); err != nil { // needed where Istio's rules are too
+			out.Notes = append(out.Notes, err.Error()+"; with Istio's iptables rules in the pod, inbound connections time out")
 		}
 	}
 	if local.Addr().IsLoopback() {

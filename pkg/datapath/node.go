@@ -116,11 +116,11 @@ func (d *Datapath) up() error {
 		}
 		failpoint.Step("up: " + hook.name + " in force")
 	}
-	if err := d.markPlaces(); err != nil {
-		return err
-	}
 	if err := d.commit(staged); err != nil {
 		return err
+	}
+	if err := d.markPlaces(); err != nil { // only messages need it
+		d.opts.Log.WithError(err).Warn("the name of the programs' cgroup is not written down")
 	}
 	return d.repairPods()
 }
