@@ -68,7 +68,10 @@ func findMemcg(ours string) (*meter, error) {
 		}
 	}
 	m := &meter{dir: filepath.Join(ours, "meter"), usage: filepath.Join(ours, "memory.stat"), field: "kernel"}
-	if _, err := os.Stat(m.usage); err == nil {
+	if text, err := os.ReadFile(m.usage); err == nil {
+		if !strings.Contains("\n"+string(text), "\n"+m.field+" ") {
+			return nil, errors.New("memory cgroups here do not tell the kernel's part: Linux 5.18 and later do")
+		}
 		root, err := kernel.CgroupRoot()
 		if err != nil {
 			return nil, err
