@@ -28,12 +28,12 @@ func Steps(path string) (out []Step, err error) {
 		names[m[1]] = true
 		out = append(out, Step{m[1], m[2]})
 	}
-	for _, m := range mark.FindAllStringSubmatch(string(text), -1) {
-		if !names[m[1]] {
-			return nil, fmt.Errorf("%s: no block of shell follows the comment %q: put \"```sh\" on the next line", path, m[0])
+	for _, at := range mark.FindAllStringIndex(string(text), -1) {
+		if m := fence.FindStringSubmatchIndex(string(text[at[0]:])); m == nil || m[0] != 0 || m[2] < 0 {
+			return nil, fmt.Errorf("%s: no block of shell follows the comment %q, or its name is not of small letters: put \"```sh\" on the next line", path, text[at[0]:at[1]])
 		}
 	}
 	return out, nil
 }
 
-var mark = regexp.MustCompile(`<!-- run: *([^ ]*) *-->`)
+var mark = regexp.MustCompile(`<!-- run:.*?-->`)

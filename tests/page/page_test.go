@@ -35,6 +35,9 @@ func TestAMarkThatNamesNoBlockIsAnError(t *testing.T) {
 		block + "<!-- run: two -->\n\n```sh\nb\n```\n": "no block of shell follows",
 		block + "<!-- run: Two_2 -->\n```sh\nb\n```\n": "no block of shell follows",
 		block + "<!-- run: two -->\nwords\n":           "no block of shell follows",
+		block + "<!-- run: one -->\nwords\n":           "no block of shell follows",
+		"<!-- run: -->\n```sh\nb\n```\n":               "no block of shell follows",
+		"<!-- run: a step -->\n```sh\nb\n```\n":        "no block of shell follows",
 	} {
 		if got, err := Steps(write(t, text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, %v; want %q", text, got, err, want)
