@@ -36,7 +36,10 @@ func (c *common) removePlugin(cmd *cobra.Command) (left, error) {
 	path := agentapi.StatePath(c.runDir)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
 		// None has been here since the machine started, after which the entry is still there.
-		if found := install.Entries(usualConfDir); c.dir == datapath.DefaultDir && len(found) > 0 {
+		if !same(c.dir, datapath.DefaultDir) {
+			return left{}, nil
+		}
+		if found := install.Entries(usualConfDir); len(found) > 0 {
 			warnLeft(cmd, "sluiced is not on this node, and its entry is in "+strings.Join(found, ", "), usualConfDir, usualBinDir)
 		}
 		return left{}, nil

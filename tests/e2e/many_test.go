@@ -3,64 +3,18 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/sluice-mesh/sluice/tests/kit"
 )
-
-// entries counts what is in each of Sluice's maps, but arrays, which are always full.
-func entries(t *testing.T) map[string]int {
-	t.Helper()
-	pins, err := filepath.Glob(sluiceBPFFS + "/*/maps/*")
-	if err != nil || len(pins) == 0 {
-		t.Fatal("there are no maps:", err)
-	}
-	out := map[string]int{}
-	for _, pin := range pins {
-		if info, err := os.Stat(pin); err == nil && info.IsDir() {
-			continue // says which shape the maps have
-		}
-		m, err := ebpf.LoadPinnedMap(pin, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		switch m.Type() {
-		case ebpf.Array, ebpf.PerCPUArray, ebpf.ProgramArray, ebpf.RingBuf, ebpf.SkStorage:
-		default:
-			n, key, next := 0, []byte(nil), make([]byte, m.KeySize())
-			for {
-				var from any
-				if key != nil {
-					from = key
-				}
-				if err := m.NextKey(from, next); err != nil {
-					if !errors.Is(err, ebpf.ErrKeyNotExist) {
-						t.Fatal(pin, err)
-					}
-					break
-				}
-				n++
-				key = slices.Clone(next)
-			}
-			if n > 0 {
-				out[filepath.Base(pin)] = n
-			}
-		}
-		m.Close()
-	}
-	return out
-}
 
 const many = 100
 
@@ -75,7 +29,10 @@ func TestAHundredPodsAtOnce(t *testing.T) {
 		}
 		return nil
 	})
-	before := entries(t)
+	before := kit.Pins(t, sluiceBPFFS)
+	if len(before) == 0 {
+		t.Fatal("there are no maps below", sluiceBPFFS)
+	}
 	s := newSpace(t)
 	s.run(plain("server"))
 	server := s.appURL("server")
@@ -130,8 +87,8 @@ func TestAHundredPodsAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventuallyWithin(t, 4*time.Minute, "nothing is left in any map", func() error {
-		if now := entries(t); !maps.Equal(now, before) {
-			return fmt.Errorf("there are %v, and were %v", now, before)
+		if diff := cmp.Diff(before, kit.Pins(t, sluiceBPFFS)); diff != "" {
+			return errors.New(diff)
 		}
 		return nil
 	})
